@@ -1,0 +1,26 @@
+"""The model's expensive operations as functions of tensors: attention, statistics, the rest."""
+
+from kernels.attention import available_backends, block_sparse_attention, dense_attention
+from kernels.fused import (
+    DropoutKey,
+    dropout_add_layer_norm,
+    embedding_dropout_layer_norm,
+    gelu_dropout,
+    linear,
+)
+from kernels.layout import BlockLayout
+from kernels.statistics import AttentionStatistics, attention_statistics
+
+__all__ = [
+    "AttentionStatistics",
+    "BlockLayout",
+    "DropoutKey",
+    "attention_statistics",
+    "available_backends",
+    "block_sparse_attention",
+    "dense_attention",
+    "dropout_add_layer_norm",
+    "embedding_dropout_layer_norm",
+    "gelu_dropout",
+    "linear",
+]

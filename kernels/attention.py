@@ -1,0 +1,249 @@
+"""The public attention functions: check the arguments, choose a backend, call it.
+
+Shape letters: B batch, H heads, N padded length, d head_dim, bs block_size, nb = N / bs.
+
+A backend is a module kernels/<name>.py with
+
+    name: str
+    reason_unavailable() -> str | None
+        Why it cannot run on this machine at all, such as "not built: run sh compile.sh".
+    supports(op, query, layout) -> str | None
+        Why it cannot do this call. `op` names one of the three functions below; `layout` is the
+        call's (None for dense_attention, a full one of its block_size for attention_statistics).
+        Looks at dtype, device and shapes, never at values.
+    block_sparse_attention(query, key, value, layout, key_padding_mask, scale, pruned) -> Tensor
+    dense_attention(query, key, value, key_padding_mask, scale) -> Tensor
+    attention_statistics(query, key, block_size, key_padding_mask, scale, groups, full,
+                         mean_out, mean_weight) -> AttentionStatistics
+
+Arguments arrive checked: shapes, dtypes and devices agree, strides are arbitrary, `scale` is a
+float, masks are bool or None. Autocast has been applied to the inputs and is switched off around
+the call, but not around its backward pass. Gradients are the backend's affair; differentiating
+twice is refused here, for all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.layout import BlockLayout
+
+log = logging.getLogger("sat.kernels")
+
+BACKENDS = ("cuda", "cpu", "reference")  # fastest first: the order in which "auto" asks
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_said: set[str] = set()
+
+
+def available_backends() -> dict[str, bool | str]:
+    """Each backend with True, or the reason why it cannot be used on this machine."""
+    return {name: _reason_unavailable(name) or True for name in BACKENDS}
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    pruned: str = "zero",
+    backend: str = "auto",
+) -> Tensor:
+    """Attention over the key blocks that `layout` keeps for each query block.
+
+    Args:
+        query, key, value: [B, H, N, d] fp32, bf16 or fp16 (fp64 too on "reference") on one
+            device; any strides; B may differ per call. Under autocast they are rounded to its
+            dtype, as torch's own attention does.
+        layout: BlockLayout with num_blocks * block_size == N, on the same device.
+        key_padding_mask: bool [B, N], True = real token; None means all real.
+        scale: factor on the scores; None means 1 / sqrt(d).
+        pruned: "zero", a pruned score counts as logit 0 in the denominator; "masked", it counts
+            as minus infinity.
+        backend: "reference", "cpu", "cuda" or "auto" (choice said once); a named backend never
+            falls back.
+    Returns: [B, H, N, d], dtype of query. A row without an attended real key is zero and passes
+        no gradient.
+    Raises: ValueError if shapes, dtypes or devices disagree; RuntimeError if the named backend is
+        not built or cannot do this call, and if the result is differentiated twice.
+    Source: docs/semantics.md, "Sparse phase".
+    """
+    _check(query, key, value, key_padding_mask)
+    if not isinstance(layout, BlockLayout):
+        raise ValueError(f"layout must be a BlockLayout, not {type(layout).__name__}")
+    if layout.length != query.shape[2]:
+        raise ValueError(
+            f"layout covers {layout.num_blocks} blocks of {layout.block_size} = {layout.length} "
+            f"tokens, but query has {query.shape[2]}"
+        )
+    if layout.device != query.device:
+        raise ValueError(
+            f"layout is on {layout.device}, query on {query.device}: use layout.to(...)"
+        )
+    if pruned not in ("zero", "masked"):
+        raise ValueError(f'pruned must be "zero" or "masked", not {pruned!r}')
+    scale = check_scale(scale, query)
+    query, key, value = (_once(x) for x in autocast_inputs(query, key, value))
+    module = choose_backend("block_sparse_attention", backend, query, layout)
+    with torch.autocast(query.device.type, enabled=False):
+        return module.block_sparse_attention(
+            query, key, value, layout, key_padding_mask, scale, pruned
+        )
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention over all keys that are not padded; nothing of size B * H * N * N is kept.
+
+    Args, Returns, Raises: as for `block_sparse_attention`.
+    Source: docs/semantics.md, "Dense phase".
+    """
+    _check(query, key, value, key_padding_mask)
+    scale = check_scale(scale, query)
+    query, key, value = (_once(x) for x in autocast_inputs(query, key, value))
+    module = choose_backend("dense_attention", backend, query, None)
+    with torch.autocast(query.device.type, enabled=False):
+        return module.dense_attention(query, key, value, key_padding_mask, scale)
+
+
+def choose_backend(op: str, backend: str, query: Tensor, layout: BlockLayout | None) -> ModuleType:
+    """The module that shall do `op`: the named one, or for "auto" the first of BACKENDS that can.
+
+    Raises: ValueError for an unknown name, RuntimeError if the named one cannot.
+    """
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"backend must be one of auto, {', '.join(BACKENDS)}, not {backend!r}"
+            )
+        reason = _reason_against(backend, op, query, layout)
+        if reason:
+            raise RuntimeError(f"backend {backend} cannot do {op}: {reason}")
+        return _module(backend)
+    passed = []
+    for name in BACKENDS:
+        reason = _reason_against(name, op, query, layout)
+        if reason is None:
+            break
+        passed.append(f"{name}: {reason}")
+    _say_once(f"{op} uses backend {name}" + (f" ({'; '.join(passed)})" if passed else ""))
+    return _module(name)
+
+
+def check_scale(scale: float | None, query: Tensor) -> float:
+    """`scale` as a float, 1 / sqrt(d) for None."""
+    if scale is None:
+        return 1 / math.sqrt(query.shape[3])
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, not {scale}")
+    return float(scale)
+
+
+def check_padding(key_padding_mask: Tensor | None, query: Tensor) -> None:
+    if key_padding_mask is None:
+        return
+    expected = [query.shape[0], query.shape[2]]
+    if key_padding_mask.dtype != torch.bool or list(key_padding_mask.shape) != expected:
+        raise ValueError(
+            f"key_padding_mask must be bool {expected} (True = real token), "
+            f"not {key_padding_mask.dtype} {list(key_padding_mask.shape)}"
+        )
+    if key_padding_mask.device != query.device:
+        raise ValueError(
+            f"key_padding_mask is on {key_padding_mask.device}, query on {query.device}"
+        )
+
+
+def check_inputs(**tensors: Tensor) -> None:
+    """All [B, H, N, d] of one shape, one floating dtype, on one device."""
+    (first, query), *others = tensors.items()
+    if query.dim() != 4:
+        raise ValueError(f"{first} must be [B, H, N, d], not {list(query.shape)}")
+    if query.dtype not in DTYPES:
+        raise ValueError(
+            f"{first} must be float32, bfloat16, float16 or float64, not {query.dtype}"
+        )
+    for name, tensor in others:
+        for what in ("shape", "dtype", "device"):
+            ours, theirs = getattr(query, what), getattr(tensor, what)
+            if ours != theirs:
+                raise ValueError(
+                    f"{first} and {name} must agree in {what}, found {ours} and {theirs}"
+                )
+
+
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Inputs in autocast's dtype where it is on; fp64 stays, as in torch's own rule."""
+    device = tensors[0].device.type
+    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
+    check_inputs(query=query, key=key, value=value)
+    check_padding(key_padding_mask, query)
+
+
+def _say_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _said:
+        _said.add(message)
+        log.info(message)
+
+
+@lru_cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"kernels.{name}")
+
+
+def _reason_unavailable(name: str) -> str | None:
+    try:
+        module = _module(name)
+    except ModuleNotFoundError as error:
+        if error.name != f"kernels.{name}":
+            raise
+        return "not part of this installation"
+    return module.reason_unavailable()
+
+
+def _reason_against(name: str, op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
+    return _reason_unavailable(name) or _module(name).supports(op, query, layout)
+
+
+class _Once(torch.autograd.Function):
+    """Identity whose gradient cannot be differentiated again.
+
+    It stands before the inputs, so that every second derivative passes it. Left to themselves the
+    backends differ: an error, silent zeros, or right values at the cost of B * H * N * N.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad
+
+
+def _once(tensor: Tensor) -> Tensor:
+    return _Once.apply(tensor) if tensor.requires_grad and torch.is_grad_enabled() else tensor

@@ -1,0 +1,98 @@
+"""What the criterion and the pattern loss need to know about dense attention probabilities.
+
+Shape letters: B batch, H heads, N padded length, d head_dim, bs block_size, nb = N / bs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kernels.attention import (
+    autocast_inputs,
+    check_inputs,
+    check_padding,
+    check_scale,
+    choose_backend,
+)
+from kernels.layout import BlockLayout
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionStatistics:
+    """Means of the probabilities p [B, H, N, N] of one layer, which never exists as a whole."""
+
+    mean_attention: Tensor | None  # [groups, N, N] fp32, over heads and each part of the batch
+    pooled_mean: Tensor  # [nb, nb] fp32, over batch and heads of the block means of p
+    pooled_square_mean: Tensor  # fp64 scalar, over [B, H, nb, nb] of the squared block means
+
+
+@torch.no_grad()
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_size: int,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    groups: int = 1,
+    full: bool = True,
+    backend: str = "auto",
+    mean_out: Tensor | None = None,
+    mean_weight: float = 1.0,
+) -> AttentionStatistics:
+    """Statistics of p = softmax(scale * query key^T) over the keys that are not padded.
+
+    Args:
+        query, key: [B, H, N, d] as in `dense_attention`.
+        block_size: side of the pooled blocks in tokens; divides N.
+        key_padding_mask: bool [B, N], True = real token; p is 0 at padded keys. Padded queries
+            count like all others.
+        scale: factor on the scores; None means 1 / sqrt(d).
+        groups: number of equal consecutive parts of the batch that get a mean each; divides B.
+        full: False leaves mean_attention out (None), and with it the N * N memory.
+        backend: as in `block_sparse_attention`.
+        mean_out: fp32 [groups, N, N], contiguous. If given, mean_attention * mean_weight is added
+            to it and it is returned as mean_attention: micro-batches of one group accumulate
+            without a second N * N buffer.
+        mean_weight: see mean_out; has no effect on pooled_mean and pooled_square_mean.
+    Returns: AttentionStatistics, without gradient. An example without a real key has p = 0.
+    Raises: ValueError if shapes, dtypes or devices disagree; RuntimeError if the named backend
+        cannot do it.
+    Source: docs/semantics.md, "Statistics of the dense phase".
+    """
+    check_inputs(query=query, key=key)
+    check_padding(key_padding_mask, query)
+    B, _, N, _ = query.shape
+    if not isinstance(block_size, int) or block_size < 1 or N % block_size:
+        raise ValueError(f"block_size must divide the length {N}, {block_size!r} does not")
+    if not isinstance(groups, int) or groups < 1 or B == 0 or B % groups:
+        raise ValueError(f"groups must divide the batch of {B} examples, {groups!r} does not")
+    if mean_out is not None:
+        _check_mean_out(mean_out, [groups, N, N], query, full)
+    scale = check_scale(scale, query)
+    query, key = autocast_inputs(query.detach(), key.detach())
+    layout = _full_layout(N // block_size, block_size, query.device)
+    module = choose_backend("attention_statistics", backend, query, layout)
+    with torch.autocast(query.device.type, enabled=False):
+        return module.attention_statistics(
+            query, key, block_size, key_padding_mask, scale, groups, full, mean_out, mean_weight
+        )
+
+
+def _check_mean_out(mean_out: Tensor, shape: list[int], query: Tensor, full: bool) -> None:
+    if not full:
+        raise ValueError("mean_out needs full=True: without it no mean is taken")
+    if list(mean_out.shape) != shape or mean_out.dtype != torch.float32:
+        raise ValueError(
+            f"mean_out must be float32 {shape}, not {mean_out.dtype} {list(mean_out.shape)}"
+        )
+    if mean_out.device != query.device or not mean_out.is_contiguous():
+        raise ValueError(f"mean_out must be contiguous and on {query.device}")
+
+
+# Backends judge a block size by a layout; one per shape is enough for a run.
+_full_layout = lru_cache(maxsize=8)(BlockLayout.full)

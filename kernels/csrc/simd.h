@@ -1,0 +1,86 @@
+// Vectors of SAT_WIDTH floats, on GCC's vector extensions: the same source is 8 wide on AVX2, 16 wide on AVX-512,
+// and any width on any CPU (the compiler splits what the hardware does not have).
+//
+// A translation unit x_<isa>.cpp defines SAT_ISA_NAMESPACE and SAT_WIDTH, then includes its kernel header. Everything
+// stands in that namespace, and nothing here includes a C++ standard header with inline functions: the linker
+// keeps one copy of those, and that copy might use instructions which this CPU does not have.
+#pragma once
+
+#if !defined(SAT_WIDTH) || !defined(SAT_ISA_NAMESPACE)
+#error "define SAT_WIDTH and SAT_ISA_NAMESPACE before including simd.h"
+#endif
+
+#include <stdint.h>
+#include <string.h>
+
+#define SAT_INLINE inline __attribute__((always_inline))
+
+namespace SAT_ISA_NAMESPACE {
+
+constexpr int W = SAT_WIDTH;
+
+typedef float vec __attribute__((vector_size(SAT_WIDTH * 4)));
+typedef int32_t ivec __attribute__((vector_size(SAT_WIDTH * 4)));
+typedef float vec_unaligned __attribute__((vector_size(SAT_WIDTH * 4), aligned(4), may_alias));
+typedef uint16_t bvec __attribute__((vector_size(SAT_WIDTH * 2)));
+typedef uint16_t bvec_unaligned __attribute__((vector_size(SAT_WIDTH * 2), aligned(2), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(SAT_WIDTH * 4)));
+
+// bf16 is kept as its bits: the upper half of an fp32.
+struct bf16 {
+    uint16_t bits;
+};
+
+SAT_INLINE vec splat(float x) { return vec{} + x; }
+SAT_INLINE vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
+SAT_INLINE void store(float* p, vec x) { *reinterpret_cast<vec_unaligned*>(p) = x; }
+
+SAT_INLINE vec load(const bf16* p) {
+    bvec bits = *reinterpret_cast<const bvec_unaligned*>(p);
+    return reinterpret_cast<vec>(__builtin_convertvector(bits, uvec) << 16);
+}
+
+// Rounds to nearest even; NaN stays NaN.
+SAT_INLINE void store(bf16* p, vec x) {
+    uvec bits = reinterpret_cast<uvec>(x);
+    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    rounded = reinterpret_cast<ivec>(x != x) ? (bits >> 16) | 0x40 : rounded;
+    *reinterpret_cast<bvec_unaligned*>(p) = __builtin_convertvector(rounded, bvec);
+}
+
+SAT_INLINE float to_float(float x) { return x; }
+SAT_INLINE float to_float(bf16 x) {
+    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+// max(c, x) and min(c, x) return x if x is NaN, so that NaN travels on.
+SAT_INLINE vec max(vec c, vec x) { return c > x ? c : x; }
+SAT_INLINE vec min(vec c, vec x) { return c < x ? c : x; }
+
+// 2^x with a relative error below 2e-7. Below -126 it gives 2^-126, above 127 2^127; NaN stays NaN.
+SAT_INLINE vec exp2(vec x) {
+    x = min(splat(127.0f), max(splat(-126.0f), x));
+    // Adding 1.5 * 2^23 leaves round(x) in the low bits of the mantissa.
+    const vec magic = splat(12582912.0f);
+    vec shifted = x + magic;
+    vec f = x - (shifted - magic);
+    // Minimax polynomial of 2^f on [-1/2, 1/2]: relative error 7.5e-8.
+    vec p = splat(1.3276472e-3f);
+    p = p * f + splat(9.675541e-3f);
+    p = p * f + splat(5.550713e-2f);
+    p = p * f + splat(2.402212e-1f);
+    p = p * f + splat(6.9314694e-1f);
+    p = p * f + splat(1.0000001f);
+    return reinterpret_cast<vec>(reinterpret_cast<ivec>(p) + (reinterpret_cast<ivec>(shifted) << 23));
+}
+
+SAT_INLINE float sum(vec x) {
+    float total = x[0];
+    for (int i = 1; i < W; ++i) total += x[i];
+    return total;
+}
+
+}    // namespace SAT_ISA_NAMESPACE

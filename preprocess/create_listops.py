@@ -1,0 +1,494 @@
+"""Makes lra-listops: nested expressions such as [MAX 2 [SM 4 7 ] ], whose value is the label
+(docs/data.md, "lra-listops").
+
+Default: generated, with the distribution and the limits of the Long Range Arena's own generator,
+from a seed. Or from the release's basic_{train,val,test}.tsv (--source).
+
+Trees are drawn level by level, thousands at once: a level is a few arrays with one entry a node,
+the children of one operator stand together, in the order of the operators. Sizes and values go up
+the levels, positions come down. Only raw 64-bit draws are used (NumPy keeps their sequence for
+ever; that of its `integers` or `random` may change), so a seed means the same bytes on every
+machine, with every NumPy, for any number of processes.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import re
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from preprocess import writer
+
+TASK = "lra-listops"
+OPERATORS = ("MIN", "MAX", "MED", "SM")
+# Ids: digits 0..9 are 1..10, the operators 11..14, the closing bracket 15 (with --keep_brackets);
+# 0 is padding.
+DIGIT = 1
+OPERATOR = 11
+BRACKET = 15
+IDS = {str(digit): DIGIT + digit for digit in range(10)}
+IDS.update({name: OPERATOR + i for i, name in enumerate(OPERATORS)})
+
+MAX_DEPTH = 10  # of the generator: a node at this depth is a digit
+MAX_ARGS = 10
+CUT = 2000  # tokens that the reference reads of a row
+PADDED_LENGTH = 2048
+SPLITS = {"train": "train", "dev": "val", "test": "test"}  # ours -> the release's
+FOLDERS = ("", "listops-1000", "lra_release/listops-1000", "lra_release/lra_release/listops-1000")
+ROOTS = 1024  # trees drawn at once: some 500,000 nodes
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How an expression is written down."""
+
+    keep_brackets: bool = False
+    padded_length: int = PADDED_LENGTH
+
+
+# ---- the generator ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Level:
+    """The nodes of one depth in all trees: tree int64 [nodes], is_operator bool, operator uint8
+    0..3, num_args int64 2..10 (0 for digits), digit uint8."""
+
+    tree: np.ndarray
+    is_operator: np.ndarray
+    operator: np.ndarray
+    num_args: np.ndarray
+    digit: np.ndarray
+
+    @classmethod
+    def draw(cls, random: np.random.PCG64, tree: np.ndarray, operators: bool | None) -> "Level":
+        """One draw a node: the top two bits say operator (1 in 4), the next two which, the low
+        half how many or which digit.
+
+        operators: True or False makes all nodes operators or digits.
+        """
+        raw = random.random_raw(len(tree))
+        low = raw & np.uint64(0xFFFFFFFF)
+        if operators is None:
+            is_operator = (raw >> np.uint64(62)) == 0
+        else:
+            is_operator = np.full(len(tree), operators)
+        num_args = (2 + ((low * np.uint64(MAX_ARGS - 1)) >> np.uint64(32))).astype(np.int64)
+        return cls(
+            tree=tree,
+            is_operator=is_operator,
+            operator=((raw >> np.uint64(60)) & np.uint64(3)).astype(np.uint8),
+            num_args=np.where(is_operator, num_args, 0),
+            digit=((low * np.uint64(10)) >> np.uint64(32)).astype(np.uint8),
+        )
+
+    def select(self, keep: np.ndarray) -> "Level":
+        return Level(*(getattr(self, field.name)[keep] for field in dataclasses.fields(self)))
+
+
+def draw_trees(
+    random, num_trees: int, min_length: int, max_length: int
+) -> tuple[list[Level], int]:
+    """Draws `num_trees` trees and keeps those with min_length < size < max_length, size = digits +
+    2 per operator.
+
+    Returns: the levels from the root down, with kept trees numbered from 0, and their number.
+    """
+    # The root of an expression that is kept is an operator: a lone digit has size 1.
+    levels = [Level.draw(random, np.arange(num_trees), operators=True)]
+    size = np.full(num_trees, 2)
+    alive = np.ones(num_trees, dtype=bool)
+    for depth in range(2, MAX_DEPTH + 1):
+        parents = levels[-1]
+        tree = np.repeat(parents.tree, np.where(alive[parents.tree], parents.num_args, 0))
+        if len(tree) == 0:
+            break
+        level = Level.draw(random, tree, operators=None if depth < MAX_DEPTH else False)
+        levels.append(level)
+        size += np.bincount(tree, minlength=num_trees)
+        num_operators = np.bincount(tree[level.is_operator], minlength=num_trees)
+        size += num_operators
+        alive &= size + 2 * num_operators < max_length  # an operator has two arguments or more
+    kept = alive & (size > min_length)
+    number = np.cumsum(kept) - 1
+    levels = [level.select(kept[level.tree]) for level in levels]
+    for level in levels:
+        level.tree = number[level.tree]
+    return [level for level in levels if len(level.tree)], int(kept.sum())
+
+
+def tree_values(levels: list[Level]) -> np.ndarray:
+    """The value of each tree, uint8: MED is the median cut towards zero, SM the sum modulo 10."""
+    below = np.empty(0, dtype=np.uint8)
+    for level in reversed(levels):
+        value = level.digit.copy()
+        if level.is_operator.any():
+            num_args = level.num_args[level.is_operator]
+            starts = np.cumsum(num_args) - num_args
+            operator = level.operator[level.is_operator]
+            # Arguments in the rows of a table, sorted, missing ones last.
+            table = np.full((len(num_args), MAX_ARGS), 10, dtype=np.uint8)
+            table[np.arange(MAX_ARGS) < num_args[:, None]] = below
+            table.sort(axis=1)
+            row = np.arange(len(num_args))
+            median = (table[row, (num_args - 1) // 2] + table[row, num_args // 2]) // 2
+            value[level.is_operator] = np.choose(
+                operator,
+                (
+                    table[:, 0],
+                    table[row, num_args - 1],
+                    median,
+                    np.add.reduceat(below, starts) % 10,  # at most 90: fits uint8
+                ),
+            )
+        below = value
+    return below
+
+
+def write_trees(levels: list[Level], num_trees: int, form: Form) -> np.ndarray:
+    """The trees as ids, int32 [num_trees, padded_length], zeros after the end."""
+    own = 2 if form.keep_brackets else 1  # tokens of an operator without its arguments
+    lengths: list[np.ndarray] = []
+    for level in reversed(levels):
+        length = np.ones(len(level.tree), dtype=np.int64)
+        if level.is_operator.any():
+            num_args = level.num_args[level.is_operator]
+            length[level.is_operator] = own + np.add.reduceat(
+                lengths[-1], np.cumsum(num_args) - num_args
+            )
+        lengths.append(length)
+    lengths.reverse()
+
+    ids = np.zeros((num_trees, form.padded_length), dtype=np.int32)
+    flat = ids.reshape(-1)
+    start = np.arange(num_trees) * form.padded_length
+    for i, level in enumerate(levels):
+        flat[start] = np.where(level.is_operator, OPERATOR + level.operator, DIGIT + level.digit)
+        if not level.is_operator.any():
+            break
+        parents = start[level.is_operator]
+        if form.keep_brackets:
+            flat[parents + lengths[i][level.is_operator] - 1] = BRACKET
+        num_args = level.num_args[level.is_operator]
+        before = (
+            np.cumsum(lengths[i + 1]) - lengths[i + 1]
+        )  # tokens of earlier nodes on the level below
+        first = np.cumsum(num_args) - num_args
+        start = np.repeat(parents + 1 - before[first], num_args) + before
+    return ids
+
+
+def generate_chunk(
+    index: int, *, seed: int, min_length: int, max_length: int, form: Form
+) -> list[tuple[bytes, int, bytes]]:
+    """The expressions of chunk `index`, a pure function of its arguments: (digest, value, encoded
+    example) each."""
+    random = np.random.PCG64(np.random.SeedSequence([seed, index]))
+    levels, num_trees = draw_trees(random, ROOTS, min_length, max_length)
+    if num_trees == 0:
+        return []
+    ids = write_trees(levels, num_trees, form)
+    values = tree_values(levels).astype(np.int32)
+    digests = (hashlib.blake2b(row, digest_size=16).digest() for row in ids.astype(np.uint8))
+    return [
+        (digest, int(value), writer.encode_example(row, value))
+        for digest, value, row in zip(digests, values, ids, strict=True)
+    ]
+
+
+def generate(arguments, form: Form) -> None:
+    """Test and dev are filled first, so that they stay the same for any --num_train."""
+    counts = {"test": arguments.num_test, "dev": arguments.num_dev, "train": arguments.num_train}
+    if arguments.limit is not None:
+        counts = {split: min(count, arguments.limit) for split, count in counts.items()}
+    writer.check_free_space(
+        arguments.output_dir, sum(counts.values()) * (4 * form.padded_length + 100)
+    )
+    chunk = functools.partial(
+        generate_chunk,
+        seed=arguments.seed,
+        min_length=arguments.min_length,
+        max_length=arguments.max_length,
+        form=form,
+    )
+    seen: set[bytes] = set()
+    barren = 0
+    with (
+        writer.open_splits(arguments.output_dir, TASK, SPLITS) as splits,
+        writer.progress(sum(counts.values()), TASK) as bar,
+    ):
+        waiting = [split for split in counts if counts[split] > 0]
+        limits = {
+            split: writer.BalancedLimit(counts[split] if arguments.limit else None, 10)
+            for split in waiting
+        }
+        for examples in writer.map_ordered(chunk, itertools.count(), arguments.workers):
+            before = len(seen)
+            for digest, value, encoded in examples:
+                if digest in seen or not limits[waiting[0]].take(value):
+                    continue
+                seen.add(digest)
+                splits[waiting[0]].add_encoded(encoded)
+                if splits[waiting[0]].count == counts[waiting[0]]:
+                    del waiting[0]
+                    if not waiting:
+                        break
+            bar.update(len(seen) - before)
+            if not waiting:
+                return
+            barren = barren + 1 if len(seen) == before else 0
+            if barren == 100:
+                raise ValueError(
+                    f"found {len(seen):,} different expressions and no other in "
+                    f"{barren * ROOTS:,} attempts: sizes between {arguments.min_length:,} and "
+                    f"{arguments.max_length:,} hold too few"
+                )
+
+
+# ---- the release --------------------------------------------------------------------------------
+
+
+def evaluate(source: str) -> int:
+    """The value of an expression of the release ("( ( ( [MAX 2 ) 6 ) ] )"; round brackets are not
+    needed).
+
+    Raises: ValueError if it is none.
+    """
+    outer: list[list] = []  # open operators: [name, arguments...]
+    value = None
+    for token in source.replace("(", " ").replace(")", " ").split():
+        if value is not None:
+            raise ValueError(f"{token!r} after the end of the expression")
+        if token[0] == "[" and token[1:] in OPERATORS:
+            outer.append([token[1:]])
+            continue
+        if token == "]" and outer and len(outer[-1]) > 1:
+            name, *arguments = outer.pop()
+            result = _apply(name, arguments)
+        elif len(token) == 1 and token in IDS:
+            result = int(token)
+        else:
+            raise ValueError(f"{token!r} is out of place")
+        if outer:
+            outer[-1].append(result)
+        else:
+            value = result
+    if value is None:
+        raise ValueError("the expression has no end")
+    return value
+
+
+def _apply(name: str, arguments: list[int]) -> int:
+    if name == "MIN":
+        return min(arguments)
+    if name == "MAX":
+        return max(arguments)
+    if name == "SM":
+        return sum(arguments) % 10
+    ordered = sorted(arguments)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
+
+
+def tokenize(source: str, keep_brackets: bool) -> list[str]:
+    """The reference's tokens: runs of letters, digits and underscores; all brackets vanish, or "]"
+    becomes X."""
+    return re.findall(r"\w+", source.replace("]", " X ") if keep_brackets else source)
+
+
+def encode_rows(
+    rows: list[tuple[str, bytes]], form: Form
+) -> list[tuple[str, str | None, int, bytes, int]]:
+    """(where, fault or None, label, encoded example, unknown tokens) for each (where, line)."""
+    ids_of = IDS | {"X": BRACKET} if form.keep_brackets else IDS
+    unknown_id = BRACKET + form.keep_brackets
+    cut = min(CUT, form.padded_length)
+    results: list[tuple[str, str | None, int, bytes, int]] = []
+    for where, line in rows:
+        fault, label, encoded, unknown = None, -1, b"", 0
+        try:
+            source, target = _fields(line)
+            label = _label(target)
+            value = _value_if_expression(source)
+            if value is not None and value != label:
+                raise ValueError("the target is not the value of the expression")
+            tokens = tokenize(source, form.keep_brackets)
+            if not tokens:
+                raise ValueError("the expression is empty")
+            row = np.zeros(form.padded_length, dtype=np.int32)
+            numbers = [ids_of.get(token, unknown_id) for token in tokens[:cut]]
+            row[: len(numbers)] = numbers
+            unknown = numbers.count(unknown_id)
+            encoded = writer.encode_example(row, np.int32(label))
+        except ValueError as error:
+            fault = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        results.append((where, fault, label, encoded, unknown))
+    return results
+
+
+def _fields(line: bytes) -> tuple[str, str]:
+    text = line.decode().removesuffix("\n").removesuffix("\r")
+    if not text.strip():
+        raise ValueError("a blank line")
+    if "\r" in text:
+        raise ValueError("a stray carriage return")
+    fields = text.split("\t")
+    if len(fields) != 2:
+        raise ValueError("not two columns separated by a tab")
+    return fields[0], fields[1]
+
+
+def _label(target: str) -> int:
+    if not re.fullmatch(r"\s*[0-9]\s*", target, re.ASCII):
+        raise ValueError("the target is not a digit 0..9")
+    return int(target)
+
+
+def _value_if_expression(source: str) -> int | None:
+    try:
+        return evaluate(source)
+    except ValueError:
+        return None  # other operators: tokens that we do not know, as the reference takes them
+
+
+def open_sources(source: Path) -> Iterator[tuple[str, str, io.BufferedIOBase]]:
+    """(split, name, binary file) of the three files in a folder, the release, or its .gz archive,
+    in any order."""
+    names = {f"basic_{theirs}.tsv": ours for ours, theirs in SPLITS.items()}
+    if source.is_dir():
+        folder = next(
+            (source / sub for sub in FOLDERS if (source / sub / "basic_train.tsv").is_file()), None
+        )
+        if folder is None:
+            raise ValueError(f"{source} holds no basic_train.tsv (nor does listops-1000 in it)")
+        for name, split in names.items():
+            with open(folder / name, "rb") as file:
+                yield split, str(folder / name), file
+        return
+    missing = dict(names)
+    try:
+        with tarfile.open(source, "r|*") as archive:  # a stream: nothing is unpacked
+            for member in archive:
+                name = Path(member.name).name
+                if member.isfile() and name in missing and "listops" in member.name:
+                    yield missing.pop(name), f"{source}:{member.name}", archive.extractfile(member)
+                    if not missing:
+                        return
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{source} is no readable tar archive ({error})") from error
+    raise ValueError(f"{source} lacks {', '.join(missing)}")
+
+
+def read_lines(name: str, file) -> Iterator[tuple[str, bytes]]:
+    """(where, line) of each row after the header; a line is never longer than a megabyte."""
+    header = file.readline(1 << 20)
+    if header.rstrip(b"\r\n") != b"Source\tTarget":
+        raise ValueError(f"{name}: the first line is {header[:40]!r}, not Source<TAB>Target")
+    for number in itertools.count(2):
+        line = file.readline(1 << 20)
+        if not line:
+            return
+        yield f"{name}, line {number}", line
+
+
+def convert(arguments, form: Form) -> None:
+    skips = writer.Skips(arguments.on_error)
+    totals: collections.Counter[str] = collections.Counter()
+    encode = functools.partial(encode_rows, form=form)
+    with (
+        writer.open_splits(arguments.output_dir, TASK, SPLITS) as splits,
+        writer.progress(None, TASK) as bar,
+    ):
+        for split, name, file in open_sources(arguments.source):
+            limit = writer.BalancedLimit(arguments.limit, 10)
+            chunks = writer.chunks(read_lines(name, file), 200)
+            for results in writer.map_ordered(encode, chunks, arguments.workers):
+                for where, fault, label, encoded, unknown in results:
+                    if fault is not None:
+                        skips.skip(where, fault)
+                    elif limit.take(label):
+                        splits[split].add_encoded(encoded)
+                        totals["unknown"] += unknown
+                bar.update(len(results))
+                if limit.full:
+                    break
+    skips.report()
+    if totals["unknown"]:
+        print(f"{totals['unknown']:,} tokens are not ListOps': id {BRACKET + form.keep_brackets}")
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    group = parser.add_argument_group("where the expressions come from")
+    group.add_argument(
+        "--source",
+        type=Path,
+        help="the LRA release (its root, its listops-1000 folder or its .gz archive)",
+    )
+    group.add_argument(
+        "--num_train", type=writer.positive, default=96_000, help="(default: %(default)s)"
+    )
+    group.add_argument(
+        "--num_dev", type=writer.positive, default=2_000, help="(default: %(default)s)"
+    )
+    group.add_argument(
+        "--num_test", type=writer.positive, default=2_000, help="(default: %(default)s)"
+    )
+    group.add_argument(
+        "--min_length",
+        type=int,
+        default=500,
+        help="expressions are larger than this: digits + 2 per operator (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_length", type=int, default=2000, help="and smaller than this (default: %(default)s)"
+    )
+    group = parser.add_argument_group("how they are written")
+    group.add_argument(
+        "--keep_brackets",
+        action="store_true",
+        help="the LRA's 15 tokens, with the closing bracket (default: the 14 of SAT)",
+    )
+    group.add_argument(
+        "--padded_length",
+        type=writer.positive,
+        default=PADDED_LENGTH,
+        help="ids a sequence, zeros at the end (default: %(default)s)",
+    )
+    writer.add_common_options(parser, seed="the generator")
+    return parser.parse_args(argv)
+
+
+def run(argv=None) -> None:
+    arguments = parse_arguments(argv)
+    form = Form(arguments.keep_brackets, arguments.padded_length)
+    if arguments.source is not None:
+        convert(arguments, form)
+        return
+    if arguments.seed < 0:
+        raise ValueError(f"--seed {arguments.seed} is negative")
+    if not 1 <= arguments.min_length < arguments.max_length - 1:
+        raise ValueError(
+            f"no size lies between --min_length {arguments.min_length} "
+            f"and --max_length {arguments.max_length}"
+        )
+    if arguments.max_length - 1 > form.padded_length:
+        raise ValueError(
+            f"expressions of up to {arguments.max_length - 1:,} tokens do not fit "
+            f"--padded_length {form.padded_length}: lower --max_length {arguments.max_length}"
+        )
+    generate(arguments, form)
+
+
+if __name__ == "__main__":
+    sys.exit(writer.main(run))

@@ -19,15 +19,15 @@ A backend is a module kernels/<name>.py with
 Arguments arrive checked: shapes, dtypes and devices agree, strides are arbitrary, `scale` is a
 float, masks are bool or None. Autocast has been applied to the inputs and is switched off around
 the call, but not around its backward pass. Gradients are the backend's affair; differentiating
-twice is refused here, for all of them.
+twice is refused here, for all of them. The two attentions can be traced by torch.compile, except
+for reason_unavailable, which is evaluated while tracing: a library is loaded there.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 import math
-from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -41,6 +41,7 @@ log = logging.getLogger("sat.kernels")
 BACKENDS = ("cuda", "cpu", "reference")  # fastest first: the order in which "auto" asks
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_modules: dict[str, ModuleType] = {}  # filled at first use: the backends import from this file
 _said: set[str] = set()
 
 
@@ -137,7 +138,7 @@ def choose_backend(op: str, backend: str, query: Tensor, layout: BlockLayout | N
         reason = _reason_against(backend, op, query, layout)
         if reason:
             raise RuntimeError(f"backend {backend} cannot do {op}: {reason}")
-        return _module(backend)
+        return _modules[backend]
     passed = []
     for name in BACKENDS:
         reason = _reason_against(name, op, query, layout)
@@ -145,7 +146,7 @@ def choose_backend(op: str, backend: str, query: Tensor, layout: BlockLayout | N
             break
         passed.append(f"{name}: {reason}")
     _say_once(f"{op} uses backend {name}" + (f" ({'; '.join(passed)})" if passed else ""))
-    return _module(name)
+    return _modules[name]
 
 
 def check_scale(scale: float | None, query: Tensor) -> float:
@@ -177,6 +178,8 @@ def check_inputs(**tensors: Tensor) -> None:
     (first, query), *others = tensors.items()
     if query.dim() != 4:
         raise ValueError(f"{first} must be [B, H, N, d], not {list(query.shape)}")
+    if query.numel() == 0:
+        raise ValueError(f"{first} is empty: {list(query.shape)}")
     if query.dtype not in DTYPES:
         raise ValueError(
             f"{first} must be float32, bfloat16, float16 or float64, not {query.dtype}"
@@ -209,23 +212,20 @@ def _say_once(message: str) -> None:
         log.info(message)
 
 
-@lru_cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"kernels.{name}")
-
-
+# A constant to torch.compile, which can trace neither an import nor the loading of a library.
+@torch.compiler.assume_constant_result
 def _reason_unavailable(name: str) -> str | None:
-    try:
-        module = _module(name)
-    except ModuleNotFoundError as error:
-        if error.name != f"kernels.{name}":
-            raise
+    if not _modules:
+        for other in BACKENDS:
+            if importlib.util.find_spec(f"kernels.{other}"):
+                _modules[other] = importlib.import_module(f"kernels.{other}")
+    if name not in _modules:
         return "not part of this installation"
-    return module.reason_unavailable()
+    return _modules[name].reason_unavailable()
 
 
 def _reason_against(name: str, op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
-    return _reason_unavailable(name) or _module(name).supports(op, query, layout)
+    return _reason_unavailable(name) or _modules[name].supports(op, query, layout)
 
 
 class _Once(torch.autograd.Function):

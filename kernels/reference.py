@@ -59,6 +59,7 @@ def dense_attention(
     return out.masked_fill(~real[:, None, None, None], 0)
 
 
+@torch.compiler.disable  # it would unroll the loops
 def attention_statistics(
     query: Tensor,
     key: Tensor,

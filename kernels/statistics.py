@@ -94,5 +94,10 @@ def _check_mean_out(mean_out: Tensor, shape: list[int], query: Tensor, full: boo
         raise ValueError(f"mean_out must be contiguous and on {query.device}")
 
 
-# Backends judge a block size by a layout; one per shape is enough for a run.
-_full_layout = lru_cache(maxsize=8)(BlockLayout.full)
+@torch.compiler.assume_constant_result
+def _full_layout(num_blocks: int, block_size: int, device: torch.device) -> BlockLayout:
+    """What backends judge a block size by."""
+    return _cached_full(num_blocks, block_size, device)
+
+
+_cached_full = lru_cache(maxsize=8)(BlockLayout.full)

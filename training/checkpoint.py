@@ -473,11 +473,13 @@ def _verify_checksums(file: Any) -> None:
         if len({record.filename for record in records}) != len(records):
             raise zipfile.BadZipFile("two records of one name")
         for record in records:
-            if (
-                record.compress_type != zipfile.ZIP_STORED
-                or record.file_size != record.compress_size
-            ):
+            stored = record.compress_type == zipfile.ZIP_STORED
+            if not stored or record.file_size != record.compress_size:
                 raise zipfile.BadZipFile("torch stores its records as they are")
+            # One flipped bit makes a record a folder for torch's reader, which then leaves the
+            # tensor's memory as it happens to be; Python's zipfile does not look at that bit.
+            if record.external_attr & 0x10:
+                raise zipfile.BadZipFile("torch writes no folders")
         if archive.testzip() is not None:
             raise zipfile.BadZipFile("checksum")
 
@@ -613,6 +615,6 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any) -> torch.Tensor:
     tensor = torch.empty(0, dtype=storage.dtype).set_(
         storage._untyped_storage, offset, size, stride
     )
-    if tensor.nbytes > storage.nbytes():
+    if tensor.nbytes > storage._untyped_storage.nbytes():
         raise pickle.UnpicklingError("more elements than the storage has")
     return tensor

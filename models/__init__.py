@@ -1,0 +1,16 @@
+"""Models: `build_model` and everything a forward takes and returns."""
+
+from models.attention import StatisticsRequest
+from models.classifier import ModelOutput, SequenceClassifier, build_model
+from models.config import ModelConfig
+from models.patterns import PATTERNS, select_blocks
+
+__all__ = [
+    "PATTERNS",
+    "ModelConfig",
+    "ModelOutput",
+    "SequenceClassifier",
+    "StatisticsRequest",
+    "build_model",
+    "select_blocks",
+]

@@ -1,0 +1,112 @@
+"""The pre-norm encoder.
+
+Every addition to the residual stream is followed by a layer norm (the next half layer's, or the last one), so the two are one
+operation: x, normed = dropout_add_layer_norm(x, branch).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from kernels import AttentionStatistics, DropoutKey
+from models.attention import Attention, StatisticsRequest
+from models.config import ModelConfig
+from models.embeddings import Embeddings
+
+SITES_PER_LAYER = 3  # dropouts of one layer: after attention, inside the feed-forward block, after it
+
+
+class EncoderLayer(nn.Module):
+    """Parameters of one layer, under the reference's names."""
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        dim, hidden = config.transformer_dim, config.transformer_hidden_dim
+        self.norm1 = nn.LayerNorm(dim)
+        self.mha = Attention(config, backend)
+        self.norm2 = nn.LayerNorm(dim)
+        # indices 0 and 3 carry parameters; the encoder applies GELU and dropout between and after them
+        self.mlpblock = nn.ModuleDict({"0": nn.Linear(dim, hidden), "3": nn.Linear(hidden, dim)})
+
+
+class Encoder(nn.Module):
+    """ids -> pooled representation of each example.
+
+    Positions with id 0 are zeroed after the last layer norm, for every task; MEAN pooling still divides by N.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.embeddings = Embeddings(config)
+        if config.tied_weights:
+            self.transformer = EncoderLayer(config, backend)
+        else:
+            for index in range(config.num_layers):
+                setattr(self, f"transformer_{index}", EncoderLayer(config, backend))
+        self.norm = nn.LayerNorm(config.transformer_dim)
+
+    @property
+    def layers(self) -> list[EncoderLayer]:
+        """The layer each of the num_layers passes uses; the same one every time if weights are tied."""
+        if self.config.tied_weights:
+            return [self.transformer] * self.config.num_layers
+        return [getattr(self, f"transformer_{i}") for i in range(self.config.num_layers)]
+
+    def forward(
+        self,
+        ids: Tensor,
+        dropout_key: DropoutKey | None,
+        request: StatisticsRequest | None,
+        first_site: int,
+    ) -> tuple[Tensor, list[AttentionStatistics] | None]:
+        """ids int64 [B, N] -> [B, transformer_dim], statistics of each layer if dense and asked for."""
+        config = self.config
+        if config.pooling_mode == "CLS":
+            start = ids.new_full((ids.shape[0], 1), config.vocab_size - 1)
+            ids = torch.cat([start, ids[:, :-1]], dim=1)
+        token_mask = ids != 0
+        key_padding_mask = token_mask if config.key_padding else None
+        drop = {
+            "p": config.dropout_prob if dropout_key is not None else 0.0,
+            "key": dropout_key,
+            "backend": self.backend,
+        }
+        layers = self.layers
+        # the norm applied to the residual stream after each half layer
+        norms = [layer.norm1 for layer in layers[1:]] + [self.norm]
+
+        x, normed = kernels.embedding_dropout_layer_norm(
+            ids,
+            self.embeddings.word_table,
+            self.embeddings.position_table,
+            layers[0].norm1.weight,
+            layers[0].norm1.bias,
+            site=first_site,
+            **drop,
+        )
+        collected = []
+        for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
+            site = first_site + 1 + index * SITES_PER_LAYER
+            mean_out = request.mean_out[index] if request and request.mean_out else None
+            branch, statistics = layer.mha(normed, key_padding_mask, request, mean_out)
+            if statistics is not None:
+                collected.append(statistics)
+            x, normed = kernels.dropout_add_layer_norm(
+                x, branch, layer.norm2.weight, layer.norm2.bias, site=site, **drop
+            )
+            expand, contract = layer.mlpblock["0"], layer.mlpblock["3"]
+            hidden = kernels.linear(normed, expand.weight, expand.bias, backend=self.backend)
+            hidden = kernels.gelu_dropout(hidden, site=site + 1, **drop)
+            branch = kernels.linear(hidden, contract.weight, contract.bias, backend=self.backend)
+            x, normed = kernels.dropout_add_layer_norm(
+                x, branch, next_norm.weight, next_norm.bias, site=site + 2, **drop
+            )
+        if config.pooling_mode == "CLS":
+            pooled = normed[:, 0] * token_mask[:, :1]
+        else:
+            pooled = (normed * token_mask.unsqueeze(-1)).float().mean(dim=1)
+        return pooled, collected or None

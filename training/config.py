@@ -1,0 +1,222 @@
+"""From a task's dict and the command line to one frozen, checked configuration.
+
+Precedence: flag, then --set, then the task's dict, then the default in the dataclass.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models.config import ModelConfig, checked_fields
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How one task is trained.
+
+    Raises:
+        ValueError: one sentence naming the field and what is allowed.
+    """
+
+    batch_size: int  # examples an optimizer step sees, whatever micro-batches and devices
+    learning_rate: float
+    warmup: int  # steps
+    eval_frequency: int  # steps
+    num_train_steps: int  # horizon of the learning-rate schedule
+    num_eval_steps: int  # times the dict's own batch_size: how many dev examples are evaluated
+    lr_decay: str = "linear"
+    weight_decay: float = 0.0
+    attn_loss_scale: float = 0.01
+    skewness: float = 1.7
+    distance: float = 1.3  # percent
+    statistics_groups: int = 4  # parts of the batch whose mean attentions are stacked for the criterion
+    save_seconds: float = 300.0  # a resumable checkpoint at least this often
+    num_init_steps: int = 0  # kept for compatibility, never used
+    num_dense_train_steps: int = 0  # kept for compatibility, never used
+    patience: int = 0  # kept for compatibility, never used
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "eval_frequency", "num_train_steps", "num_eval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "save_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"training.{name} must be above 0, not {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "attn_loss_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name} must be at least 0, not {getattr(self, name)}")
+        if self.warmup >= self.num_train_steps:
+            raise ValueError(
+                f"training.warmup ({self.warmup} steps) must be below training.num_train_steps "
+                f"({self.num_train_steps})"
+            )
+        if self.lr_decay != "linear":
+            raise ValueError(f"training.lr_decay must be linear, not {self.lr_decay!r}")
+        if not 1 <= self.statistics_groups <= self.batch_size:
+            raise ValueError(
+                f"training.statistics_groups must lie between 1 and training.batch_size ({self.batch_size}), "
+                f"not {self.statistics_groups}: the batch is split into that many parts for the criterion"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields: a dict that builds this object again."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Everything that defines a run's mathematics."""
+
+    task: str
+    model: ModelConfig
+    training: TrainingConfig
+    num_eval_examples: int  # num_eval_steps * the dict's own batch_size; --batch_size never changes it
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dict, as saved in checkpoints and run.json."""
+        return {
+            "task": self.task,
+            "model": self.model.as_dict(),
+            "training": self.training.as_dict(),
+            "num_eval_examples": self.num_eval_examples,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TaskConfig:
+        """Inverse of `as_dict`."""
+        return cls(
+            task=values["task"],
+            model=ModelConfig(**checked_fields(ModelConfig, "model", values["model"])),
+            training=TrainingConfig(
+                **checked_fields(TrainingConfig, "training", values["training"])
+            ),
+            num_eval_examples=values["num_eval_examples"],
+        )
+
+
+# Fields that the reference carries and never acts on, and what serves their purpose here.
+UNUSED_FIELDS = {
+    "training.num_dense_train_steps": "use --max_dense_steps to bound the dense phase",
+    "training.patience": "use --patience to stop early",
+    "training.num_init_steps": "nothing reads it; --max_dense_steps bounds the dense phase",
+    "model.attention_dropout": "attention has no dropout; use model.dropout_prob",
+    "model.batch_size": "use --batch_size or training.batch_size",
+}
+
+
+def resolve_task(name: str, tasks: Mapping[str, Any], aliases: Mapping[str, str]) -> str:
+    """The task's full name.
+
+    Raises:
+        ValueError: unknown task; lists those there are.
+    """
+    name = aliases.get(name, name)
+    if name not in tasks:
+        close = difflib.get_close_matches(name, [*tasks, *aliases], n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"unknown task {name!r}; {hint}known: {', '.join([*tasks, *aliases])}")
+    return name
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`--set section.field=value` texts as {"model": {...}, "training": {...}}.
+
+    Values are Python literals; what is none is taken as a string, and true and false are taken in any case.
+
+    Raises:
+        ValueError: malformed text, unknown section, or a field that nothing reads.
+    """
+    parsed: dict[str, dict[str, Any]] = {"model": {}, "training": {}}
+    for text in settings:
+        path, equals, literal = text.partition("=")
+        section, dot, field = path.strip().partition(".")
+        if not equals or not dot or not field or not literal.strip():
+            raise ValueError(
+                f"--set {text}: write it as section.field=value, for example model.num_layers=4"
+            )
+        if section not in parsed:
+            raise ValueError(f"--set {text}: the section must be model or training, not {section!r}")
+        if path.strip() in UNUSED_FIELDS:
+            raise ValueError(
+                f"--set {text}: {path.strip()} is kept for compatibility and changes nothing; "
+                f"{UNUSED_FIELDS[path.strip()]}"
+            )
+        literal = literal.strip()
+        value: Any
+        if literal.lower() in ("true", "false"):
+            value = literal.lower() == "true"
+        else:
+            try:
+                value = ast.literal_eval(literal)
+            except (ValueError, SyntaxError):
+                value = literal
+        parsed[section][field] = value
+    return parsed
+
+
+def build_config(
+    task: str,
+    task_dict: Mapping[str, Any],
+    *,
+    settings: Sequence[str] = (),
+    batch_size: int | None = None,
+    train_steps: int | None = None,
+    skewness: float | None = None,
+    distance: float | None = None,
+) -> tuple[TaskConfig, list[str]]:
+    """The checked configuration of one run, and sentences on what was adapted.
+
+    Args:
+        task: full name; task_dict: its entry in config.Config.
+        settings: texts of --set; the other arguments: flags, None where not given.
+
+    Raises:
+        ValueError: one sentence naming the field and what is allowed.
+    """
+    changes = parse_settings(settings)
+    model = {**task_dict["model"], **changes["model"]}
+    training = {**task_dict["training"], **changes["training"]}
+    flags = {
+        "batch_size": batch_size,
+        "num_train_steps": train_steps,
+        "skewness": skewness,
+        "distance": distance,
+    }
+    training.update({key: value for key, value in flags.items() if value is not None})
+    notices = []
+    checked = checked_fields(TrainingConfig, "training", training)
+    # a run shortened by --train_steps (or --set) keeps a warmup that fits it
+    if checked["num_train_steps"] >= 1 and checked["warmup"] >= checked["num_train_steps"]:
+        if "warmup" in changes["training"]:
+            raise ValueError(
+                f"training.warmup ({checked['warmup']} steps) must be below the number of training steps "
+                f"({checked['num_train_steps']})"
+            )
+        shortened = checked["num_train_steps"] // 10
+        notices.append(
+            f"warmup shortened from {checked['warmup']} to {shortened} steps: it has to fit into "
+            f"{checked['num_train_steps']} training steps"
+        )
+        checked["warmup"] = shortened
+    own = task_dict["training"]
+    config = TaskConfig(
+        task=task,
+        model=ModelConfig(**checked_fields(ModelConfig, "model", model)),
+        training=TrainingConfig(**checked),
+        num_eval_examples=checked["num_eval_steps"] * own["batch_size"],
+    )
+    return config, notices
+
+
+def unused_fields(task_dict: Mapping[str, Any]) -> list[str]:
+    """Those fields of the task's dict that nothing reads, as section.field."""
+    return [
+        path
+        for path in UNUSED_FIELDS
+        if path.split(".")[1] in task_dict[path.split(".")[0]]
+    ]

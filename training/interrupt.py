@@ -1,0 +1,36 @@
+"""SIGINT and SIGTERM: the first one ends the run after the current step, a second one at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+
+class StopSignal:
+    """Remembers the first signal; `received` is its number, or 0."""
+
+    default = int(signal.SIGTERM)  # what a process reports that learns of another one's signal
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def install(self) -> None:
+        """Takes over SIGINT and SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.received:
+            os._exit(self.exit_code(number))
+        self.received = int(number)
+        message = f"\n{self.name_of(number)}: finishing this step, then saving; once more to exit at once\n"
+        os.write(2, message.encode())
+
+    @staticmethod
+    def name_of(number: int) -> str:
+        return signal.Signals(number).name
+
+    @staticmethod
+    def exit_code(number: int) -> int:
+        """128 + the signal's number, as a shell reports it."""
+        return 128 + int(number)

@@ -1,0 +1,162 @@
+"""Where a run's words and numbers go: console, log file, metrics.jsonl, TensorBoard, progress bar.
+
+`RunLog` writes; `NullLog` has the same methods and does nothing (every process but the first).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class NullLog:
+    """Says nothing and writes nothing."""
+
+    def line(self, text: str = "") -> None:
+        """One line for people: console and log file."""
+
+    def event(self, event: str, **values: Any) -> None:
+        """One object for programs: a line of metrics.jsonl."""
+
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        """Numbers for TensorBoard; None is left out."""
+
+    def image(self, step: int, tag: str, pixels: Any) -> None:
+        """uint8 [height, width, 3] for TensorBoard."""
+
+    def progress(self, step: int, text: str) -> None:
+        """Moves the progress bar to `step` completed steps."""
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+
+
+class RunLog(NullLog):
+    """All sinks of one run.
+
+    Args:
+        log_path: text log, appended to.
+        metrics_path, tensorboard_dir: None in evaluation, which leaves those of the training run alone.
+        total_steps, first_step: of the progress bar, shown on a terminal only; total_steps 0: no bar.
+        resume_step: completed steps of the checkpoint a run goes on from; what was recorded beyond it is dropped.
+    """
+
+    def __init__(
+        self,
+        log_path: Path,
+        *,
+        metrics_path: Path | None = None,
+        tensorboard_dir: Path | None = None,
+        total_steps: int = 0,
+        resume_step: int | None = None,
+    ) -> None:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = open(log_path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._metrics: TextIO | None = None
+        if metrics_path is not None:
+            if resume_step is not None:
+                drop_events_beyond(metrics_path, resume_step)
+            self._metrics = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = None
+        if tensorboard_dir is not None:
+            self._tensorboard = _summary_writer(tensorboard_dir, resume_step)
+        self._bar = None
+        if total_steps and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps,
+                initial=resume_step or 0,
+                dynamic_ncols=True,
+                unit="step",
+                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{remaining}] {desc}",
+            )
+
+    def line(self, text: str = "") -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def event(self, event: str, **values: Any) -> None:
+        if self._metrics is not None:
+            self._metrics.write(json.dumps({"event": event, **values}) + "\n")
+            self._metrics.flush()
+
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        if self._tensorboard is not None:
+            for tag, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(tag, value, step)
+
+    def image(self, step: int, tag: str, pixels: Any) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(tag, pixels, step, dataformats="HWC")
+
+    def progress(self, step: int, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._log.close()
+
+
+def _summary_writer(folder: Path, resume_step: int | None):
+    # tensorboard looks for this module first and, if it is there, leaves tensorflow alone: importing tensorflow
+    # takes seconds and hundreds of MB that training has no use for
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(folder), purge_step=purge)
+
+
+def drop_events_beyond(path: Path, step: int) -> None:
+    """Rewrites metrics.jsonl without events later than `step`, without the end of the run, and without a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # a killed run may have written half a line
+            if record["event"] != "end" and record.get("step", 0) <= step:
+                kept.append(line if line.endswith("\n") else line + "\n")
+    write_text(path, "".join(kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file by `text` at once: a reader sees the old or the new file, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")

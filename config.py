@@ -1,11 +1,13 @@
 """What each task is: the published values of the reference, one dict a task, exported as `Config`.
 
-A task's dict has three parts. `dataset` gives sizes for information and the script that makes the data, `model` and `training` are turned into
-frozen, checked dataclasses by the entry scripts (models/config.py and training/config.py say what each field means).
-Adding a task is adding a dict: key padding and the number of inputs are fields like any other.
+A task's dict has three parts. `dataset` gives sizes for information and the script that makes the
+data, `model` and `training` are turned into frozen, checked dataclasses by the entry scripts
+(models/config.py and training/config.py say what each field means). Adding a task is adding a
+dict: key padding and the number of inputs are fields like any other.
 
-Fields the reference carries but never uses (num_dense_train_steps, patience, num_init_steps, attention_dropout, model.batch_size)
-are kept so that dicts can be copied over unchanged; each run names them in one line.
+Fields the reference carries but never uses (num_dense_train_steps, patience, num_init_steps,
+attention_dropout, model.batch_size) are kept so that dicts can be copied over unchanged; each run
+names them in one line.
 """
 
 _MODEL = {
@@ -31,7 +33,12 @@ _TRAINING = {
 }
 
 listops = {
-    "dataset": {"train": 96000, "dev": 2000, "test": 2000, "create": "preprocess/create_listops.py"},
+    "dataset": {
+        "train": 96000,
+        "dev": 2000,
+        "test": 2000,
+        "create": "preprocess/create_listops.py",
+    },
     "model": {
         **_MODEL,
         "num_layers": 4,
@@ -58,7 +65,12 @@ listops = {
 }
 
 retrieval = {
-    "dataset": {"train": 147086, "dev": 18090, "test": 17437, "create": "preprocess/create_retrieval.py"},
+    "dataset": {
+        "train": 147086,
+        "dev": 18090,
+        "test": 17437,
+        "create": "preprocess/create_retrieval.py",
+    },
     "model": {
         **_MODEL,
         "num_layers": 2,
@@ -86,7 +98,12 @@ retrieval = {
 }
 
 image = {
-    "dataset": {"train": 45000, "dev": 5000, "test": 10000, "create": "preprocess/create_cifar10.py"},
+    "dataset": {
+        "train": 45000,
+        "dev": 5000,
+        "test": 10000,
+        "create": "preprocess/create_cifar10.py",
+    },
     "model": {
         **_MODEL,
         "num_layers": 2,
@@ -113,7 +130,12 @@ image = {
 }
 
 news1 = {
-    "dataset": {"train": 120000, "dev": 7600, "test": 7600, "create": "preprocess/create_agnews.py"},
+    "dataset": {
+        "train": 120000,
+        "dev": 7600,
+        "test": 7600,
+        "create": "preprocess/create_agnews.py",
+    },
     "model": {
         **_MODEL,
         "num_layers": 4,
@@ -142,7 +164,12 @@ news1 = {
 }
 
 yelp1 = {
-    "dataset": {"train": 560000, "dev": 38000, "test": 38000, "create": "preprocess/create_yelp.py"},
+    "dataset": {
+        "train": 560000,
+        "dev": 38000,
+        "test": 38000,
+        "create": "preprocess/create_yelp.py",
+    },
     "model": {
         **_MODEL,
         "num_layers": 4,
@@ -171,8 +198,14 @@ yelp1 = {
 }
 
 nature = {
-    # 149,394 is the size of the unlabelled test split; the published runs test on the 24,426 validation pictures
-    "dataset": {"train": 437513, "dev": 24426, "test": 149394, "create": "preprocess/create_inaturalist.py"},
+    # 149,394 is the size of the unlabelled test split; the published runs test on the 24,426
+    # validation pictures
+    "dataset": {
+        "train": 437513,
+        "dev": 24426,
+        "test": 149394,
+        "create": "preprocess/create_inaturalist.py",
+    },
     "model": {
         **_MODEL,
         "num_layers": 2,
@@ -195,20 +228,27 @@ nature = {
         "num_dense_train_steps": 1000,
         "patience": 10,
         "skewness": 1.7,
-        # the reference's dict spells this key "distnace"; its command line overwrites it with the same 1.3
+        # the reference's dict spells this key "distnace"; its command line overwrites it with the
+        # same 1.3
         "distance": 1.3,
     },
 }
 
 text = {
-    "dataset": {"train": 25000, "dev": 25000, "test": 25000, "create": "preprocess/create_text.py"},
+    "dataset": {
+        "train": 25000,
+        "dev": 25000,
+        "test": 25000,
+        "create": "preprocess/create_text.py",
+    },
     "model": {
         **_MODEL,
         "num_layers": 2,
         "vocab_size": 512,
         "max_seq_len": 4000,
         "num_classes": 2,
-        # SAT publishes no pattern for this task; ours are those of lra-retrieval, which has the same length
+        # SAT publishes no pattern for this task; ours are those of lra-retrieval, which has the
+        # same length
         "block_size": 64,
         "density": 0.021,
         "batch_size": 32,
@@ -228,14 +268,20 @@ text = {
 }
 
 pathfinder = {
-    "dataset": {"train": 160000, "dev": 20000, "test": 20000, "create": "preprocess/create_pathfinder.py"},
+    "dataset": {
+        "train": 160000,
+        "dev": 20000,
+        "test": 20000,
+        "create": "preprocess/create_pathfinder.py",
+    },
     "model": {
         **_MODEL,
         "num_layers": 2,
         "vocab_size": 512,
         "max_seq_len": 1024,
         "num_classes": 2,
-        # SAT publishes no pattern for this task; ours are those of lra-image, which has the same length
+        # SAT publishes no pattern for this task; ours are those of lra-image, which has the same
+        # length
         "block_size": 32,
         "density": 0.05,
         "batch_size": 128,

@@ -18,8 +18,9 @@ class StatisticsRequest:
 
     groups: equal parts of the examples whose means are kept apart.
     full: also the [groups, N, N] mean attention, not only what the pattern loss needs.
-    mean_out: per layer a [groups, N, N] fp32 buffer into which mean_weight times the mean attention is added, so that
-        micro-batches of one group accumulate in place; None allocates it.
+    mean_out: per layer a [groups, N, N] fp32 buffer into which mean_weight times the mean
+        attention is added, so that micro-batches of one group accumulate in place; None allocates
+        it.
     """
 
     groups: int = 1
@@ -35,7 +36,8 @@ class StatisticsRequest:
 class Attention(nn.Module):
     """Four projections with bias and the learned block pattern.
 
-    `layout` is None in the dense phase. Only `pattern` learns from the pattern loss; no gradient of it reaches query or key.
+    `layout` is None in the dense phase. Only `pattern` learns from the pattern loss; no gradient
+    of it reaches query or key.
     """
 
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
@@ -59,7 +61,8 @@ class Attention(nn.Module):
         request: StatisticsRequest | None,
         mean_out: Tensor | None,
     ) -> tuple[Tensor, AttentionStatistics | None]:
-        """x [B, N, transformer_dim] -> the same shape, and the statistics if dense and asked for."""
+        """x [B, N, transformer_dim] -> the same shape, and the statistics if dense and asked
+        for."""
         batch, length, _ = x.shape
         # one product for the three projections; the kernels read the strided parts without a copy
         qkv = kernels.linear(

@@ -20,8 +20,9 @@ DENSE_STATISTICS = StatisticsRequest()
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """logits [B, num_classes] fp32; statistics of each layer's attention (dense phase only, else None); with two inputs
-    `statistics` is that of document 0 and `statistics_1` holds the pooled statistics of document 1.
+    """logits [B, num_classes] fp32; statistics of each layer's attention (dense phase only, else
+    None); with two inputs `statistics` is that of document 0 and `statistics_1` holds the pooled
+    statistics of document 1.
     """
 
     logits: Tensor
@@ -39,6 +40,7 @@ class SequenceClassifier(nn.Module):
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
+        self.backend = backend
         self.model = Encoder(config, backend)
         self.seq_classifer = ClassifierHead(config)
 
@@ -78,11 +80,13 @@ class SequenceClassifier(nn.Module):
 
     @property
     def patterns(self) -> list[nn.Parameter]:
-        """The learned [nb, d] pattern of each layer; the same one every time if weights are tied."""
+        """The learned [nb, d] pattern of each layer; the same one every time if weights are
+        tied."""
         return [layer.mha.pattern for layer in self.model.layers]
 
     def pattern_scores(self) -> Tensor:
-        """pattern @ pattern.T of each layer, [L, nb, nb] float64 on the CPU (its order decides which blocks are kept)."""
+        """pattern @ pattern.T of each layer, [L, nb, nb] float64 on the CPU (its order decides
+        which blocks are kept)."""
         with torch.no_grad():
             patterns = torch.stack([pattern.detach().cpu().double() for pattern in self.patterns])
             return patterns @ patterns.transpose(1, 2)
@@ -96,7 +100,8 @@ class SequenceClassifier(nn.Module):
         return torch.stack([layout.block_mask.cpu() for layout in layouts if layout is not None])
 
     def enter_sparse_phase(self, block_masks: Tensor) -> None:
-        """Attend to the given blocks only, from now on, and stop learning the pattern. May be called again.
+        """Attend to the given blocks only, from now on, and stop learning the pattern. May be
+        called again.
 
         Args:
             block_masks: [L, nb, nb], nonzero = kept.
@@ -123,7 +128,8 @@ class SequenceClassifier(nn.Module):
 def build_model(
     config: ModelConfig | Mapping[str, Any], backend: str = "auto"
 ) -> SequenceClassifier:
-    """A freshly initialised model in the dense phase (torch's global generator decides the weights).
+    """A freshly initialised model in the dense phase (torch's global generator decides the
+    weights).
 
     Args:
         config: a ModelConfig or the `model` part of a task's dict.

@@ -65,14 +65,13 @@ class ModelConfig:
                 f"({self.transformer_dim}): embeddings enter the encoder without a projection"
             )
         if self.pooling_mode not in ("MEAN", "CLS"):
-            raise ValueError(
-                f"model.pooling_mode must be MEAN or CLS, not {self.pooling_mode!r}"
-            )
+            raise ValueError(f"model.pooling_mode must be MEAN or CLS, not {self.pooling_mode!r}")
         if self.num_inputs not in (1, 2):
             raise ValueError(f"model.num_inputs must be 1 or 2, not {self.num_inputs}")
         if not self.learn_pos_emb and self.embedding_dim % 2:
             raise ValueError(
-                f"model.embedding_dim must be even for sinusoidal positions, not {self.embedding_dim}"
+                f"model.embedding_dim must be even for sinusoidal positions, not "
+                f"{self.embedding_dim}"
             )
         length = 1 << (self.max_seq_len - 1).bit_length()
         if length % self.block_size:
@@ -84,7 +83,8 @@ class ModelConfig:
         active = int(num_blocks * num_blocks * self.density)
         if active < 1:
             raise ValueError(
-                f"model.density {self.density} keeps no block: there are {num_blocks}^2 = {num_blocks**2} "
+                f"model.density {self.density} keeps no block: there are {num_blocks}^2 = "
+                f"{num_blocks**2} "
                 f"blocks, so it must be at least {1 / num_blocks**2:.6f}"
             )
         object.__setattr__(self, "padded_length", length)
@@ -92,7 +92,8 @@ class ModelConfig:
         object.__setattr__(self, "num_active_blocks", active)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields that can be set, without the derived ones: a dict that builds this object again."""
+        """The fields that can be set, without the derived ones: a dict that builds this object
+        again."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -115,7 +116,9 @@ def checked_fields(cls: type, section: str, values: Mapping[str, Any]) -> dict[s
     for key, value in values.items():
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {section}.{close[0]}?" if close else f"known: {', '.join(fields)}"
+            hint = (
+                f"did you mean {section}.{close[0]}?" if close else f"known: {', '.join(fields)}"
+            )
             raise ValueError(f"{section}.{key} is not a field; {hint}")
         wanted = str(fields[key].type)
         if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):

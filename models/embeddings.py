@@ -13,7 +13,8 @@ from models.config import ModelConfig
 class Embeddings(nn.Module):
     """Holds the two tables; the encoder adds them in one fused operation.
 
-    Both start at normal(0, 0.02). With learn_pos_emb False the positions are sinusoidal and no parameter.
+    Both start at normal(0, 0.02). With learn_pos_emb False the positions are sinusoidal and no
+    parameter.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -42,7 +43,8 @@ class Embeddings(nn.Module):
 
 
 def sinusoidal_positions(length: int, dim: int) -> Tensor:
-    """[length, dim] fp32: sine in even and cosine in odd columns, wavelengths from 2 pi to 10,000 * 2 pi."""
+    """[length, dim] fp32: sine in even and cosine in odd columns, wavelengths from 2 pi to 10,000
+    * 2 pi."""
     position = torch.arange(length, dtype=torch.float64)[:, None]
     frequency = torch.exp(
         torch.arange(0, dim, 2, dtype=torch.float64) * (-math.log(10000.0) / dim)

@@ -1,7 +1,7 @@
 """The pre-norm encoder.
 
-Every addition to the residual stream is followed by a layer norm (the next half layer's, or the last one), so the two are one
-operation: x, normed = dropout_add_layer_norm(x, branch).
+Every addition to the residual stream is followed by a layer norm (the next half layer's, or the
+last one), so the two are one operation: x, normed = dropout_add_layer_norm(x, branch).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from models.attention import Attention, StatisticsRequest
 from models.config import ModelConfig
 from models.embeddings import Embeddings
 
-SITES_PER_LAYER = 3  # dropouts of one layer: after attention, inside the feed-forward block, after it
+SITES_PER_LAYER = (
+    3  # dropouts of one layer: after attention, inside the feed-forward block, after it
+)
 
 
 class EncoderLayer(nn.Module):
@@ -27,14 +29,16 @@ class EncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.mha = Attention(config, backend)
         self.norm2 = nn.LayerNorm(dim)
-        # indices 0 and 3 carry parameters; the encoder applies GELU and dropout between and after them
+        # indices 0 and 3 carry parameters; the encoder applies GELU and dropout between and after
+        # them
         self.mlpblock = nn.ModuleDict({"0": nn.Linear(dim, hidden), "3": nn.Linear(hidden, dim)})
 
 
 class Encoder(nn.Module):
     """ids -> pooled representation of each example.
 
-    Positions with id 0 are zeroed after the last layer norm, for every task; MEAN pooling still divides by N.
+    Positions with id 0 are zeroed after the last layer norm, for every task; MEAN pooling still
+    divides by N.
     """
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
@@ -51,7 +55,8 @@ class Encoder(nn.Module):
 
     @property
     def layers(self) -> list[EncoderLayer]:
-        """The layer each of the num_layers passes uses; the same one every time if weights are tied."""
+        """The layer each of the num_layers passes uses; the same one every time if weights are
+        tied."""
         if self.config.tied_weights:
             return [self.transformer] * self.config.num_layers
         return [getattr(self, f"transformer_{i}") for i in range(self.config.num_layers)]
@@ -63,7 +68,8 @@ class Encoder(nn.Module):
         request: StatisticsRequest | None,
         first_site: int,
     ) -> tuple[Tensor, list[AttentionStatistics] | None]:
-        """ids int64 [B, N] -> [B, transformer_dim], statistics of each layer if dense and asked for."""
+        """ids int64 [B, N] -> [B, transformer_dim], statistics of each layer if dense and asked
+        for."""
         config = self.config
         if config.pooling_mode == "CLS":
             start = ids.new_full((ids.shape[0], 1), config.vocab_size - 1)

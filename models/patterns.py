@@ -27,7 +27,8 @@ def _random(pattern_scores: Tensor, num_active: int, seed: int) -> Tensor:
 
 
 def _band(pattern_scores: Tensor, num_active: int, seed: int) -> Tensor:
-    """Blocks nearest to the diagonal, from the first row on where the last diagonal is not full."""
+    """Blocks nearest to the diagonal, from the first row on where the last diagonal is not
+    full."""
     num_layers, num_blocks, _ = pattern_scores.shape
     index = torch.arange(num_blocks)
     offset = index[None, :] - index[:, None]
@@ -53,31 +54,28 @@ def select_blocks(
     """The blocks each layer keeps: floor(density * nb^2) of them, whatever the rule.
 
     Args:
-        name: "learned" (largest pattern_scores, the reference's rule; the mask need not be symmetric when the cut
-            divides a tied pair), "random" or "band".
+        name: "learned" (largest pattern_scores, the reference's rule; the mask need not be
+            symmetric when the cut divides a tied pair), "random" or "band".
         pattern_scores: [L, nb, nb], pattern @ pattern.T of each layer; float64 on the CPU decides.
-        mean_attention: [L, groups, N, N] or None; for rules that look at the attention itself (none of the above).
-        density: kept blocks / all blocks, in (0, 1].
+        mean_attention: [L, groups, N, N] or None; for rules that look at the attention itself
+        (none of the above). density: kept blocks / all blocks, in (0, 1].
         seed: for "random".
 
     Returns: bool [L, nb, nb] on the CPU.
 
     Raises:
-        ValueError: unknown name, density out of range or too small to keep a block, scores that are not finite.
+        ValueError: unknown name, density out of range or too small to keep a block, scores that
+        are not finite.
     """
     if name not in PATTERNS:
         raise ValueError(f"unknown pattern {name!r}; known: {', '.join(PATTERNS)}")
     if pattern_scores.dim() != 3 or pattern_scores.shape[1] != pattern_scores.shape[2]:
-        raise ValueError(
-            f"pattern_scores must be [L, nb, nb], not {list(pattern_scores.shape)}"
-        )
+        raise ValueError(f"pattern_scores must be [L, nb, nb], not {list(pattern_scores.shape)}")
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must lie in (0, 1], not {density}")
     num_active = int(pattern_scores.shape[1] ** 2 * density)
     if num_active < 1:
-        raise ValueError(
-            f"density {density} keeps none of {pattern_scores.shape[1]}^2 blocks"
-        )
+        raise ValueError(f"density {density} keeps none of {pattern_scores.shape[1]}^2 blocks")
     if not torch.isfinite(pattern_scores).all():
         raise ValueError("pattern_scores must be finite")
     return PATTERNS[name](pattern_scores, num_active, seed)

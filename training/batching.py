@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Chunk:
     """One micro-batch: examples [begin, end) of the global batch.
 
-    It holds num_groups whole statistics groups from first_group on, or, with num_groups 1, part of one; group_weight is the
-    share of the group(s) it holds.
+    It holds num_groups whole statistics groups from first_group on, or, with num_groups 1, part of
+    one; group_weight is the share of the group(s) it holds.
     """
 
     begin: int
@@ -23,7 +23,8 @@ class Chunk:
 def plan_chunks(
     batch_size: int, groups: int, micro_batch_size: int, begin: int = 0, end: int | None = None
 ) -> list[Chunk]:
-    """Cuts examples [begin, end) of a batch into micro-batches that never hold parts of two groups.
+    """Cuts examples [begin, end) of a batch into micro-batches that never hold parts of two
+    groups.
 
     Groups are contiguous and their sizes differ by one at most.
 

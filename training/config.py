@@ -34,7 +34,9 @@ class TrainingConfig:
     attn_loss_scale: float = 0.01
     skewness: float = 1.7
     distance: float = 1.3  # percent
-    statistics_groups: int = 4  # parts of the batch whose mean attentions are stacked for the criterion
+    statistics_groups: int = (
+        4  # parts of the batch whose mean attentions are stacked for the criterion
+    )
     save_seconds: float = 300.0  # a resumable checkpoint at least this often
     num_init_steps: int = 0  # kept for compatibility, never used
     num_dense_train_steps: int = 0  # kept for compatibility, never used
@@ -59,8 +61,10 @@ class TrainingConfig:
             raise ValueError(f"training.lr_decay must be linear, not {self.lr_decay!r}")
         if not 1 <= self.statistics_groups <= self.batch_size:
             raise ValueError(
-                f"training.statistics_groups must lie between 1 and training.batch_size ({self.batch_size}), "
-                f"not {self.statistics_groups}: the batch is split into that many parts for the criterion"
+                f"training.statistics_groups must lie between 1 and training.batch_size "
+                f"({self.batch_size}), "
+                f"not {self.statistics_groups}: the batch is split into that many parts for the "
+                f"criterion"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,7 +79,9 @@ class TaskConfig:
     task: str
     model: ModelConfig
     training: TrainingConfig
-    num_eval_examples: int  # num_eval_steps * the dict's own batch_size; --batch_size never changes it
+    num_eval_examples: (
+        int  # num_eval_steps * the dict's own batch_size; --batch_size never changes it
+    )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict, as saved in checkpoints and run.json."""
@@ -126,7 +132,8 @@ def resolve_task(name: str, tasks: Mapping[str, Any], aliases: Mapping[str, str]
 def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`--set section.field=value` texts as {"model": {...}, "training": {...}}.
 
-    Values are Python literals; what is none is taken as a string, and true and false are taken in any case.
+    Values are Python literals; what is none is taken as a string, and true and false are taken in
+    any case.
 
     Raises:
         ValueError: malformed text, unknown section, or a field that nothing reads.
@@ -140,7 +147,9 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
                 f"--set {text}: write it as section.field=value, for example model.num_layers=4"
             )
         if section not in parsed:
-            raise ValueError(f"--set {text}: the section must be model or training, not {section!r}")
+            raise ValueError(
+                f"--set {text}: the section must be model or training, not {section!r}"
+            )
         if path.strip() in UNUSED_FIELDS:
             raise ValueError(
                 f"--set {text}: {path.strip()} is kept for compatibility and changes nothing; "
@@ -194,7 +203,8 @@ def build_config(
     if checked["num_train_steps"] >= 1 and checked["warmup"] >= checked["num_train_steps"]:
         if "warmup" in changes["training"]:
             raise ValueError(
-                f"training.warmup ({checked['warmup']} steps) must be below the number of training steps "
+                f"training.warmup ({checked['warmup']} steps) must be below the number of "
+                f"training steps "
                 f"({checked['num_train_steps']})"
             )
         shortened = checked["num_train_steps"] // 10
@@ -215,8 +225,4 @@ def build_config(
 
 def unused_fields(task_dict: Mapping[str, Any]) -> list[str]:
     """Those fields of the task's dict that nothing reads, as section.field."""
-    return [
-        path
-        for path in UNUSED_FIELDS
-        if path.split(".")[1] in task_dict[path.split(".")[0]]
-    ]
+    return [path for path in UNUSED_FIELDS if path.split(".")[1] in task_dict[path.split(".")[0]]]

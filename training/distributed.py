@@ -1,6 +1,7 @@
 """One process a device: who holds which part of the batch, and the few sums they share.
 
-Everything a step exchanges goes through `World`; one process is the plain case in which every method returns at once.
+Everything a step exchanges goes through `World`; one process is the plain case in which every
+method returns at once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class World:
         return self.rank == 0
 
     def part(self, count: int) -> tuple[int, int]:
-        """[begin, end) of this process's contiguous share of `count` things; shares differ by one at most."""
+        """[begin, end) of this process's contiguous share of `count` things; shares differ by one
+        at most."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -56,7 +58,8 @@ class World:
 
 
 def join_world(rank: int, size: int, device: torch.device, timeout_seconds: float = 600) -> World:
-    """Joins the job that torchrun started (its environment names the meeting point); a single process joins nothing.
+    """Joins the job that torchrun started (its environment names the meeting point); a single
+    process joins nothing.
 
     A process that waits longer than `timeout_seconds` for the others gives up.
     """

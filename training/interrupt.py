@@ -23,7 +23,8 @@ class StopSignal:
         if self.received:
             os._exit(self.exit_code(number))
         self.received = int(number)
-        message = f"\n{self.name_of(number)}: finishing this step, then saving; once more to exit at once\n"
+        name = self.name_of(number)
+        message = f"\n{name}: finishing this step, then saving; once more to exit at once\n"
         os.write(2, message.encode())
 
     @staticmethod

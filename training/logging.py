@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import sys
@@ -32,6 +33,9 @@ class NullLog:
     def progress(self, step: int, text: str) -> None:
         """Moves the progress bar to `step` completed steps."""
 
+    def sync(self) -> None:
+        """Puts everything on disk, so that no checkpoint is ahead of its metrics."""
+
     def close(self) -> None:
         """Flushes and closes everything."""
 
@@ -41,9 +45,10 @@ class RunLog(NullLog):
 
     Args:
         log_path: text log, appended to.
-        metrics_path, tensorboard_dir: None in evaluation, which leaves those of the training run alone.
-        total_steps, first_step: of the progress bar, shown on a terminal only; total_steps 0: no bar.
-        resume_step: completed steps of the checkpoint a run goes on from; what was recorded beyond it is dropped.
+        metrics_path, tensorboard_dir: None in evaluation, which leaves those of the training run
+        alone. total_steps, first_step: of the progress bar, shown on a terminal only; total_steps
+        0: no bar. resume_step: completed steps of the checkpoint a run goes on from; what was
+        recorded beyond it is dropped.
     """
 
     def __init__(
@@ -57,6 +62,13 @@ class RunLog(NullLog):
     ) -> None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log = open(log_path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        if metrics_path is not None:
+            try:
+                fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another process is training this run (it holds {log_path})"
+                ) from None
         self._metrics: TextIO | None = None
         if metrics_path is not None:
             if resume_step is not None:
@@ -78,10 +90,12 @@ class RunLog(NullLog):
             )
 
     def line(self, text: str = "") -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        # a closed terminal or pipe must not end training; the log file has every line
+        with contextlib.suppress(BrokenPipeError):
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
         self._log.write(text + "\n")
         self._log.flush()
 
@@ -105,6 +119,12 @@ class RunLog(NullLog):
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
 
+    def sync(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -116,8 +136,8 @@ class RunLog(NullLog):
 
 
 def _summary_writer(folder: Path, resume_step: int | None):
-    # tensorboard looks for this module first and, if it is there, leaves tensorflow alone: importing tensorflow
-    # takes seconds and hundreds of MB that training has no use for
+    # tensorboard looks for this module first and, if it is there, leaves tensorflow alone:
+    # importing tensorflow takes seconds and hundreds of MB that training has no use for
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     from torch.utils.tensorboard import SummaryWriter
 
@@ -126,7 +146,8 @@ def _summary_writer(folder: Path, resume_step: int | None):
 
 
 def drop_events_beyond(path: Path, step: int) -> None:
-    """Rewrites metrics.jsonl without events later than `step`, without the end of the run, and without a torn last line."""
+    """Rewrites metrics.jsonl without events later than `step`, without the end of the run, and
+    without a torn last line."""
     if not path.exists():
         return
     kept = []
@@ -142,7 +163,8 @@ def drop_events_beyond(path: Path, step: int) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by `text` at once: a reader sees the old or the new file, never half of one."""
+    """Replaces a file by `text` at once: a reader sees the old or the new file, never half of
+    one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

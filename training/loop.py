@@ -1,7 +1,8 @@
 """The story of a run, in the order things happen.
 
-pickle -> dataset -> batch -> model -> attention -> loss -> statistics -> transition -> checkpoint -> report. A step is
-numbered by the completed steps after it, from 1; lines that the reference prints keep its numbers, from 0.
+pickle -> dataset -> batch -> model -> attention -> loss -> statistics -> transition -> checkpoint
+-> report. A step is numbered by the completed steps after it, from 1; lines that the reference
+prints keep its numbers, from 0.
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ from training.checkpoint import RunPaths, TrainState, save_checkpoint, save_mask
 from training.config import TaskConfig
 from training.dataset import Dataset, evaluation_subset, training_indices
 from training.distributed import World
+from training.evaluation import attention_loss, autocast, evaluate, to_device
 from training.interrupt import StopSignal
 from training.logging import NullLog
 from training.optim import PhaseOptimizer
-from training.statistics import pattern_loss
 from training.transition import Decision, TransitionCriterion
 
 EVALUATION_SEED = 0  # the dev subset is the same for every run, so that runs can be compared
 FIRST_BEST_STEP = 100  # as in the reference, earlier evaluations are not worth a checkpoint
-OUTLOOK_EVERY = 200  # dense steps between two words on what holds the transition back
 
 
 class TrainingFailed(RuntimeError):
@@ -53,7 +53,8 @@ class RunOptions:
 
 @dataclass
 class Run:
-    """Everything a run consists of. The loop changes `step` and what follows it; the rest stays."""
+    """Everything a run consists of. The loop changes `step` and what follows it; the rest
+    stays."""
 
     config: TaskConfig
     options: RunOptions
@@ -65,8 +66,8 @@ class Run:
     train_data: Dataset
     dev_data: Dataset
     stop: StopSignal
+    criterion: TransitionCriterion
     optimizer: PhaseOptimizer = field(init=False)
-    criterion: TransitionCriterion = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     phase: str = "dense"
     step: int = 0
@@ -87,11 +88,6 @@ class Run:
     def new_optimizer(self) -> PhaseOptimizer:
         return PhaseOptimizer(self.model.parameters(), self.config.training, self.phase)
 
-    def autocast(self) -> torch.autocast:
-        precision = self.options.precision
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=precision != "fp32")
-
 
 @dataclass(frozen=True)
 class StepResult:
@@ -104,26 +100,18 @@ class StepResult:
     stop_signal: int  # of any process; 0: none
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Means over examples, each counted once."""
-
-    loss: float
-    accuracy: float
-    attention_loss: float | None
-    num_examples: int
-
-
 # ---- the run -----------------------------------------------------------------------
 
 
 def train(run: Run) -> str:
-    """Trains until the schedule ends, patience runs out, --stop_after cuts it, or a signal asks for an end.
+    """Trains until the schedule ends, patience runs out, --stop_after cuts it, or a signal asks
+    for an end.
 
-    Returns: "finished", "stopped" or "interrupted". In the last two cases a checkpoint to resume from has been written.
+    Returns: "finished", "stopped" or "interrupted". In the last two cases a checkpoint to resume
+    from has been written.
     Raises:
-        TrainingFailed: loss or gradients are not finite, or memory is exhausted at a micro-batch of one example.
-        CheckpointError: a checkpoint cannot be written.
+        TrainingFailed: loss or gradients are not finite, or memory is exhausted at a micro-batch
+        of one example. CheckpointError: a checkpoint cannot be written.
     """
     config, options = run.config.training, run.options
     last_save = time.monotonic()
@@ -166,7 +154,8 @@ def train(run: Run) -> str:
 
 
 def train_step(run: Run) -> StepResult:
-    """One optimizer step over the global batch, in micro-batches; halves them if the device's memory does not suffice."""
+    """One optimizer step over the global batch, in micro-batches; halves them if the device's
+    memory does not suffice."""
     while True:
         try:
             return _train_step(run)
@@ -175,7 +164,8 @@ def train_step(run: Run) -> StepResult:
                 raise
             if run.world.size > 1:
                 raise TrainingFailed(
-                    "memory exhausted in one of several processes; give a smaller --micro_batch_size"
+                    "memory exhausted in one of several processes; give a smaller "
+                    "--micro_batch_size"
                 ) from None
             if run.options.micro_batch_size <= 1:
                 raise TrainingFailed(
@@ -207,10 +197,10 @@ def _train_step(run: Run) -> StepResult:
     for chunk in plan_chunks(
         config.batch_size, config.statistics_groups, run.options.micro_batch_size, begin, end
     ):
-        ids, ids_1, labels = _to_device(
+        ids, ids_1, labels = to_device(
             run.train_data.batch(indices[chunk.begin - begin : chunk.end - begin]), run.device
         )
-        with run.autocast():
+        with autocast(run.device, run.options.precision):
             output = run.model(
                 ids,
                 ids_1,
@@ -221,7 +211,7 @@ def _train_step(run: Run) -> StepResult:
         loss = F.cross_entropy(output.logits.float(), labels) * share
         total = loss
         if dense:
-            attention = attention_loss(run, output) * share
+            attention = attention_loss(run.model, output, config.attn_loss_scale) * share
             totals[2] += attention.detach()
             # only the patterns receive a gradient of it, and theirs is all they receive
             total = loss + attention.float()
@@ -297,7 +287,16 @@ def evaluate_and_keep_best(run: Run, final: bool) -> None:
     """Evaluates on the dev set; writes the best model of the current phase."""
     count = min(run.config.num_eval_examples, run.dev_data.size)
     indices = evaluation_subset(run.dev_data.size, count, EVALUATION_SEED)
-    result = evaluate(run, run.dev_data, indices)
+    result = evaluate(
+        run.model,
+        run.dev_data,
+        indices,
+        batch_size=run.options.micro_batch_size,
+        device=run.device,
+        precision=run.options.precision,
+        world=run.world,
+        attn_loss_scale=run.config.training.attn_loss_scale,
+    )
     better = run.best_accuracy is None or result.accuracy > run.best_accuracy
     keep = better and (run.step >= FIRST_BEST_STEP or final)
     if keep:
@@ -308,37 +307,6 @@ def evaluate_and_keep_best(run: Run, final: bool) -> None:
     elif run.best_accuracy is not None:
         run.evaluations_since_best += 1
     report.evaluation_done(run, result, keep)
-
-
-@torch.no_grad()
-def evaluate(run: Run, data: Dataset, indices) -> Evaluation:
-    """Loss and accuracy over the given examples, each counted once, in the model's current phase."""
-    begin, end = run.world.part(len(indices))
-    totals = torch.zeros(3, dtype=torch.float64, device=run.device)
-    for start in range(begin, end, run.options.micro_batch_size):
-        part = indices[start : min(start + run.options.micro_batch_size, end)]
-        ids, ids_1, labels = _to_device(data.batch(part), run.device)
-        dense = run.phase == "dense"
-        request = StatisticsRequest(full=False) if dense else None
-        with run.autocast():
-            output = run.model(ids, ids_1, statistics=request)
-        totals[0] += F.cross_entropy(output.logits.float(), labels, reduction="sum")
-        totals[1] += (output.logits.argmax(-1) == labels).sum()
-        if dense:
-            totals[2] += attention_loss(run, output) * len(labels)
-    run.world.sum_([totals])
-    loss, correct, attention = (totals / len(indices)).tolist()
-    return Evaluation(loss, correct, attention if run.phase == "dense" else None, len(indices))
-
-
-def attention_loss(run: Run, output) -> Tensor:
-    """The pattern loss of a forward; with two documents the mean of theirs."""
-    scale = run.config.training.attn_loss_scale
-    patterns = run.model.patterns
-    loss = pattern_loss(output.statistics, patterns, scale)
-    if output.statistics_1 is not None:
-        loss = (loss + pattern_loss(output.statistics_1, patterns, scale)) / 2
-    return loss
 
 
 # ---- what a run leaves behind ------------------------------------------------------
@@ -357,7 +325,8 @@ def best_state(run: Run) -> TrainState:
 
 
 def save_last(run: Run) -> None:
-    """Writes what `resume` needs. Every process's state is the same but for nothing: rank 0 writes for all."""
+    """Writes what `resume` needs. Every process's state is the same but for nothing: rank 0 writes
+    for all."""
     if not run.world.is_main or run.paths is None:
         return
     run.log.sync()
@@ -370,7 +339,8 @@ def save_last(run: Run) -> None:
         "best_step": run.best_step,
         "evaluations_since_best": run.evaluations_since_best,
         "seconds": run.seconds,
-        # data order and dropout are functions of (seed, step); torch's generator has only drawn the initial weights
+        # data order and dropout are functions of (seed, step); torch's generator has only drawn
+        # the initial weights
         "examples_seen": run.step * run.config.training.batch_size,
         "rng_state": torch.get_rng_state(),
         "resolved": report.resolved_settings(run),
@@ -430,10 +400,6 @@ def _statistics_request(run: Run, chunk: Chunk) -> StatisticsRequest:
         mean_out=[layer[groups] for layer in run.mean_attention],
         mean_weight=chunk.group_weight,
     )
-
-
-def _to_device(batch, device: torch.device):
-    return tuple(None if part is None else part.to(device, non_blocking=True) for part in batch)
 
 
 def _not_finite(run: Run, what: str) -> str:

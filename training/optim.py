@@ -1,8 +1,10 @@
 """Each phase's optimizer and learning-rate schedule.
 
-Dense: AdamW under one-cycle with torch's defaults (from learning_rate / 25 up over `warmup` steps, down to learning_rate / 250,000;
-beta1 cycles 0.95, 0.85, 0.95). Sparse: a new AdamW at a constant 0.5 * learning_rate with beta1 0.9, because in the
-reference the schedule goes on driving the optimizer that was left behind. Source: docs/semantics.md, "Optimisation".
+Dense: AdamW under one-cycle with torch's defaults (from learning_rate / 25 up over `warmup` steps,
+down to learning_rate / 250,000; beta1 cycles 0.95, 0.85, 0.95). Sparse: a new AdamW at a constant
+0.5 * learning_rate with beta1 0.9, because in the reference the schedule goes on driving the
+optimizer that was left behind.
+Source: docs/semantics.md, "Optimisation".
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class PhaseOptimizer:
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
                 self.optimizer,
                 max_lr=config.learning_rate,
-                # torch divides by zero for a warmup of exactly one step: its only step is the peak either way
+                # torch divides by zero for a warmup of exactly one step: its only step is the peak
+                # either way
                 pct_start=(config.warmup if config.warmup > 1 else 0) / config.num_train_steps,
                 anneal_strategy="linear",
                 total_steps=config.num_train_steps,
@@ -63,7 +66,8 @@ class PhaseOptimizer:
         nn.utils.clip_grad_value_(self.parameters, GRADIENT_CLIP)
 
     def advance(self) -> None:
-        """Moves the schedule on, after a step. It is defined for num_train_steps steps and stays at its end after them."""
+        """Moves the schedule on, after a step. It is defined for num_train_steps steps and stays
+        at its end after them."""
         if self.schedule is not None and self._steps_left > 0:
             self._steps_left -= 1
             self.schedule.step()

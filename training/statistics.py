@@ -1,6 +1,7 @@
 """Numbers computed from attention: the pattern loss, skewness and the Frobenius distance.
 
-Pure functions of tensors; every sum is taken in float64. L layers, N padded length, nb blocks a row.
+Pure functions of tensors; every sum is taken in float64. L layers, N padded length, nb blocks a
+row.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ def pattern_loss(
 ) -> Tensor:
     """scale * L * sum over layers of MSE(block means of the attention, pattern @ pattern.T).
 
-    The mean runs over examples, heads and blocks. It is computed from the mean block means and the mean of their squares alone,
-    (mean of squares - mean(pooled_mean^2)) + mean((pooled_mean - P)^2): only the last term depends on the pattern, so its
-    gradient is exact and no [B, H, nb, nb] is needed.
+    The mean runs over examples, heads and blocks. It is computed from the mean block means and the
+    mean of their squares alone, (mean of squares - mean(pooled_mean^2)) + mean((pooled_mean -
+    P)^2): only the last term depends on the pattern, so its gradient is exact and no [B, H, nb,
+    nb] is needed.
 
     Args:
         statistics, patterns: one of each layer; pattern [nb, d].

@@ -1,9 +1,11 @@
 """When to switch to sparse attention. Knows attention matrices, no model.
 
-A_l(t) is the mean attention of layer l at step t, skew_l its skewness, dist_l(t) the Frobenius norm of A_l(t) - A_l(t-1), and
-change_l = |dist_l(t) - dist_l(t-1)| / dist_l(t-1) in percent. The rule fires when every layer has skew_l >= skewness and
-change_l < distance on the same step ("settled": the paper and the reference's code), or change_l > distance ("shifting": how one
-of the reference's notes words it). Source: docs/semantics.md, "Transition".
+A_l(t) is the mean attention of layer l at step t, skew_l its skewness, dist_l(t) the Frobenius
+norm of A_l(t) - A_l(t-1), and change_l = |dist_l(t) - dist_l(t-1)| / dist_l(t-1) in percent. The
+rule fires when every layer has skew_l >= skewness and change_l < distance on the same step
+("settled": the paper and the reference's code), or change_l > distance ("shifting": how one of the
+reference's notes words it).
+Source: docs/semantics.md, "Transition".
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ class Decision:
 class TransitionCriterion:
     """Evaluates the rule once a step.
 
-    The first step only stores the attention and counts as distance 0, so the change is undefined on the second step too and
-    the earliest possible transition is the third. Undefined values (deviation 0, previous distance 0, NaN) hold back.
+    The first step only stores the attention and counts as distance 0, so the change is undefined
+    on the second step too and the earliest possible transition is the third. Undefined values
+    (deviation 0, previous distance 0, NaN) hold back.
 
     Args:
         skewness: threshold of the skewness.
@@ -53,7 +56,8 @@ class TransitionCriterion:
         self.when = when
         self._previous: Tensor | None = None  # [L, groups, N, N]
         self._previous_distance: list[float] = []
-        # of recent steps: per layer, does the skewness hold, does the change hold; skewness, change
+        # of recent steps: per layer, does the skewness hold, does the change hold; skewness,
+        # change
         self._history: deque[list[tuple[bool, bool, float | None, float | None]]] = deque(
             maxlen=WINDOW
         )
@@ -62,16 +66,18 @@ class TransitionCriterion:
         """The rule in words, with its units."""
         verb = "below" if self.when == "settled" else "above"
         return (
-            f"sparse once, on the same step and in every layer, skewness >= {self.skewness:g} (no unit) and the "
-            f"Frobenius distance between successive steps changes by {verb} {self.distance:g} percent ({self.when})"
+            f"sparse once, on the same step and in every layer, skewness >= {self.skewness:g} (no "
+            f"unit) and the "
+            f"Frobenius distance between successive steps changes by {verb} {self.distance:g} "
+            f"percent ({self.when})"
         )
 
     def update(self, mean_attention: Tensor) -> Decision:
         """Takes one step's mean attention and says whether to switch.
 
         Args:
-            mean_attention: [L, groups, N, N]; skewness and distance run over all elements of a layer. It is copied; the
-                caller may overwrite it afterwards.
+            mean_attention: [L, groups, N, N]; skewness and distance run over all elements of a
+                layer. It is copied; the caller may overwrite it afterwards.
 
         Returns: the decision, after one copy of 2 L numbers to the host.
         Raises:
@@ -141,9 +147,11 @@ class TransitionCriterion:
         )
 
     def outlook(self) -> str:
-        """What held the rule back over the recent steps, and how likely it is to fire within 100 more.
+        """What held the rule back over the recent steps, and how likely it is to fire within 100
+        more.
 
-        The chance takes layers and steps as independent, each condition as frequent as it has been in the window.
+        The chance takes layers and steps as independent, each condition as frequent as it has been
+        in the window.
         """
         steps = len(self._history)
         if not steps:
@@ -163,7 +171,8 @@ class TransitionCriterion:
             )
         within = 1 - (1 - chance) ** 100
         return (
-            f"over the last {steps} dense steps (10th, 50th, 90th percentile) " + "; ".join(parts)
+            f"over the last {steps} dense steps (10th, 50th, 90th percentile) "
+            + "; ".join(parts)
             + f"; chance to fire within 100 steps about {within:.0%}"
         )
 

@@ -1,0 +1,34 @@
+"""Evaluate a trained model, ours or a published one of the reference, on the test set.
+
+python main_inference.py --mode eval --task lra-image --random 0 --name sat
+"""
+
+import os
+import sys
+
+from training.options import add_inference_arguments, build_parser
+
+
+def parse_arguments(argv):
+    parser = build_parser(
+        "main_inference.py",
+        "Evaluate a saved model on the test set, every example once, with the attention it was "
+        "trained with.",
+        modes=["eval"],
+        default_mode="eval",
+    )
+    add_inference_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv) -> int:
+    args = parse_arguments(argv)
+    from config import Aliases, Config
+    from training import session
+
+    launch = session.Launch.from_environment(os.environ)
+    return session.guarded(lambda: session.evaluate_run(args, Config, Aliases, launch))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

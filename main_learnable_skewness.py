@@ -1,0 +1,45 @@
+"""Train a transformer: dense attention first, block-sparse once attention is skewed and has
+settled.
+
+python main_learnable_skewness.py --mode train --task lra-image --sk 1.7 --ds 1.3
+python main_learnable_skewness.py --mode eval --task lra-image
+"""
+
+import os
+import shlex
+import sys
+
+from training.options import add_training_arguments, build_parser
+
+
+def parse_arguments(argv):
+    parser = build_parser(
+        "main_learnable_skewness.py",
+        "Train with dense attention, watch it, go on with block-sparse attention once it is "
+        "skewed and settled; then test.",
+        modes=["train", "eval"],
+        default_mode="train",
+    )
+    add_training_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv) -> int:
+    args = parse_arguments(argv)
+    # after parsing, so that --help and typing errors answer without loading torch
+    from config import Aliases, Config
+    from training import session
+
+    launch = session.Launch.from_environment(os.environ)
+    command = shlex.join(["python", "main_learnable_skewness.py", *argv])
+
+    def job() -> int:
+        if args.mode == "eval":
+            return session.evaluate_run(args, Config, Aliases, launch)
+        return session.train_run(args, Config, Aliases, launch, command)
+
+    return session.guarded(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""Loss and accuracy of a model over a data set: shared by training and by both entry scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import ModelOutput, SequenceClassifier, StatisticsRequest
+from training.dataset import Dataset
+from training.distributed import World
+from training.statistics import pattern_loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over examples, each counted once."""
+
+    loss: float
+    accuracy: float
+    attention_loss: float | None  # None with sparse attention
+    num_examples: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: SequenceClassifier,
+    data: Dataset,
+    indices: np.ndarray,
+    *,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    world: World,
+    attn_loss_scale: float,
+) -> Evaluation:
+    """Evaluates the given examples in the model's current phase, without dropout.
+
+    Args:
+        indices: int64, which examples; every process of `world` takes its share of them.
+        batch_size: examples at a time; changes memory and time only.
+        precision: "fp32", "bf16" or "fp16".
+    """
+    dense = model.block_masks is None
+    begin, end = world.part(len(indices))
+    # loss, correct answers, attention loss
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    for start in range(begin, end, batch_size):
+        ids, ids_1, labels = to_device(
+            data.batch(indices[start : min(start + batch_size, end)]), device
+        )
+        request = StatisticsRequest(full=False) if dense else None
+        with autocast(device, precision):
+            output = model(ids, ids_1, statistics=request)
+        totals[0] += F.cross_entropy(output.logits.float(), labels, reduction="sum")
+        totals[1] += (output.logits.argmax(-1) == labels).sum()
+        if dense:
+            totals[2] += attention_loss(model, output, attn_loss_scale) * len(labels)
+    world.sum_([totals])
+    loss, correct, attention = (totals / len(indices)).tolist()
+    return Evaluation(loss, correct, attention if dense else None, len(indices))
+
+
+def attention_loss(model: SequenceClassifier, output: ModelOutput, scale: float) -> Tensor:
+    """The pattern loss of a dense forward; with two documents the mean of theirs."""
+    assert output.statistics is not None
+    loss = pattern_loss(output.statistics, model.patterns, scale)
+    if output.statistics_1 is not None:
+        loss = (loss + pattern_loss(output.statistics_1, model.patterns, scale)) / 2
+    return loss
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context a forward runs in."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def to_device(batch, device: torch.device):
+    """A batch of the dataset on the model's device."""
+    return tuple(None if part is None else part.to(device, non_blocking=True) for part in batch)

@@ -1,0 +1,82 @@
+"""How large a micro-batch should be, and how much memory is in use."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from models.config import ModelConfig
+
+# On a CPU the activations of one micro-batch should stay in the last cache level: 16 sequences of
+# 1,024 tokens were the best of 4 to 64 on two cores with 32 MiB (docs/benchmarks.md)
+CPU_TOKENS = 16384
+# share of the free GPU memory that activations may take
+GPU_SHARE = 0.6
+
+
+def bytes_per_example(model: ModelConfig) -> int:
+    """What training one example takes at most, in fp32: what is saved for the backward pass, and
+    the gradients in flight.
+
+    Per token and layer: two residual sums, two norms, query, key, value, attention output, and
+    twice the hidden width before and after GELU.
+    """
+    inner = model.num_head * model.head_dim
+    widths = 6 * model.transformer_dim + 5 * inner + 4 * model.transformer_hidden_dim
+    return 4 * model.padded_length * model.num_inputs * (model.num_layers * widths + 4 * widths)
+
+
+def auto_micro_batch(
+    model: ModelConfig, batch_size: int, device: torch.device, processes: int = 1
+) -> int:
+    """Examples to process at once: a power of two, at most this process's share of the batch.
+
+    CPU: what keeps the activations in cache. CUDA: what the free memory holds with room to spare.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        fits = int(free * GPU_SHARE) // bytes_per_example(model)
+    else:
+        fits = CPU_TOKENS // (model.padded_length * model.num_inputs)
+    fits = max(1, min(fits, -(-batch_size // processes)))
+    return 1 << (fits.bit_length() - 1)
+
+
+def criterion_bytes(model: ModelConfig, groups: int) -> int:
+    """This step's and the previous step's mean attention, [L, groups, N, N] fp32 each."""
+    return 2 * 4 * model.num_layers * groups * model.padded_length**2
+
+
+def estimate_bytes(model: ModelConfig, groups: int, micro_batch_size: int) -> tuple[int, int]:
+    """What the dense and the sparse phase take above the interpreter and the libraries,
+    roughly."""
+    activations = micro_batch_size * bytes_per_example(model)
+    statistics = criterion_bytes(model, groups) + 4 * model.padded_length**2
+    return activations + statistics, activations
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has used: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "not enough memory" in text
+
+
+def human(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

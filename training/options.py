@@ -1,0 +1,196 @@
+"""The command lines of both entry scripts. Imports no torch: --help has to answer at once."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return number
+
+
+def micro_batch(text: str) -> int | None:
+    """auto is None."""
+    return None if text == "auto" else positive(text)
+
+
+def build_parser(prog: str, description: str, *, modes: list[str], default_mode: str | None):
+    """A parser with what both entry scripts take: which run, on what, from and to where."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+    )
+    run = parser.add_argument_group("which run")
+    run.add_argument(
+        "--mode", choices=modes, default=default_mode, help="what to do (default: %(default)s)"
+    )
+    run.add_argument(
+        "--task",
+        default="lra-image",
+        metavar="T",
+        help="task, a key of config.py (default: %(default)s)",
+    )
+    run.add_argument(
+        "--random",
+        type=not_negative,
+        default=0,
+        metavar="SEED",
+        help="seed of the run (default: %(default)s)",
+    )
+    run.add_argument(
+        "--name",
+        default="sat",
+        help="name of the run, part of its file names (default: %(default)s)",
+    )
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help=(
+            "any field of the task's dict in config.py, for example model.num_layers=4; repeatable"
+        ),
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ...; auto (default): cuda if there is one",
+    )
+    machine.add_argument(
+        "--backend",
+        default="auto",
+        choices=["auto", "reference", "cpu", "cuda"],
+        help=(
+            "of the kernels; auto (default): the fastest that is built; a named one never falls "
+            "back"
+        ),
+    )
+    machine.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help=(
+            "of products and activations; auto: bf16 where the processor multiplies it natively, "
+            "else fp32 (CPU) or fp16 (CUDA)"
+        ),
+    )
+    machine.add_argument(
+        "--micro_batch_size",
+        type=micro_batch,
+        default="auto",
+        metavar="{auto,N}",
+        help="examples in memory at once (default: auto); never changes the batch",
+    )
+
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--data_dir",
+        default="data/lra_processed",
+        help="folder of the data pickles (default: %(default)s)",
+    )
+    files.add_argument(
+        "--output_dir",
+        default=".",
+        help="folder of checkpoints/, pickle/ and logs/ (default: %(default)s)",
+    )
+    return parser
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only training takes."""
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--train_steps",
+        type=positive,
+        metavar="N",
+        help="steps of the whole schedule (default: the task's)",
+    )
+    training.add_argument(
+        "--batch_size", type=positive, metavar="N", help="examples a step (default: the task's)"
+    )
+    training.add_argument(
+        "--stop_after",
+        type=positive,
+        metavar="N",
+        help="cut after N steps of the full schedule, to be resumed",
+    )
+    training.add_argument(
+        "--patience",
+        type=positive,
+        metavar="N",
+        help="end after N evaluations without a better one",
+    )
+    training.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint of this run"
+    )
+    training.add_argument(
+        "--dry_run",
+        action="store_true",
+        help=(
+            "one step of each phase on made-up data of the real shape: predicts memory and time, "
+            "writes nothing"
+        ),
+    )
+
+    transition = parser.add_argument_group("transition from dense to sparse")
+    transition.add_argument(
+        "--sk",
+        type=float,
+        metavar="S",
+        help="skewness every layer has to reach, no unit (default: the task's, else 1.7)",
+    )
+    transition.add_argument(
+        "--ds",
+        type=float,
+        metavar="D",
+        help="change of the Frobenius distance, in percent (default: the task's, else 1.3)",
+    )
+    transition.add_argument(
+        "--transition_when",
+        choices=["settled", "shifting"],
+        help="change below --ds (settled, the default) or above it (shifting)",
+    )
+    transition.add_argument(
+        "--max_dense_steps",
+        type=not_negative,
+        metavar="N",
+        help="switch after N dense steps at the latest; 0: sparse from the start",
+    )
+    transition.add_argument(
+        "--pattern",
+        choices=["learned", "random", "band"],
+        help="which blocks are kept (default: learned)",
+    )
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only main_inference.py takes."""
+    inference = parser.add_argument_group("inference")
+    inference.add_argument(
+        "--batch_size",
+        type=positive,
+        metavar="N",
+        help="examples at a time (default: as memory allows)",
+    )
+    inference.add_argument(
+        "--attention",
+        choices=["auto", "dense", "sparse"],
+        default="auto",
+        help="auto: as the model was trained",
+    )
+    inference.add_argument(
+        "--masks", metavar="FILE", help="block masks to use instead of the checkpoint's own"
+    )

@@ -1,0 +1,515 @@
+"""What a run says and shows: the words of each event, run.json, pictures.
+
+Called by the loop at fixed places; decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from models.config import ModelConfig
+from training import memory
+from training.logging import write_json
+
+if TYPE_CHECKING:
+    from training.evaluation import Evaluation
+    from training.loop import Run, StepResult
+    from training.transition import Decision
+
+
+# ---- start -------------------------------------------------------------------------
+
+
+def run_started(run: Run, notices: list[str], unused: list[str], command: str) -> None:
+    """Rule, device, memory: what a reader of the log needs before the first step."""
+    config, log, options = run.config, run.log, run.options
+    model, training = config.model, config.training
+    log.line(
+        f"task {config.task}, seed {options.seed}: {model.num_layers} layers, {model.num_head} "
+        f"heads, length "
+        f"{model.padded_length}, {model.num_blocks}x{model.num_blocks} blocks of "
+        f"{model.block_size}, "
+        f"{sum(p.numel() for p in run.model.parameters()):,} parameters"
+    )
+    log.line(
+        f"data: {run.train_data.size:,} train, {run.dev_data.size:,} dev; batch "
+        f"{training.batch_size}, "
+        f"{training.num_train_steps:,} steps, learning rate {training.learning_rate:g} after "
+        f"{training.warmup} warm-up steps"
+    )
+    log.line(f"rule: {run.criterion.describe()}")
+    if options.max_dense_steps is not None:
+        log.line(
+            f"      at the latest after {options.max_dense_steps} dense steps (--max_dense_steps)"
+        )
+    log.line(
+        f"blocks: {options.pattern}, {model.num_active_blocks} of {model.num_blocks**2} a layer "
+        f"(density {model.density:g})"
+    )
+    micro = options.micro_batch_size
+    log.line(
+        f"device {device_name(run.device)}, {processes_text(run)}, backend {backend_text(run)}, "
+        f"precision {options.precision}, micro-batch {micro}"
+    )
+    dense, sparse = memory.estimate_bytes(model, training.statistics_groups, micro)
+    log.line(
+        f"memory above libraries, estimated: {memory.human(dense)} dense, {memory.human(sparse)} "
+        f"sparse; "
+        f"time: said after the first steps"
+    )
+    if unused:
+        log.line(f"kept for compatibility, not used: {', '.join(unused)}")
+    for notice in notices:
+        log.line(notice)
+    log.event(
+        "start",
+        step=0,
+        task=config.task,
+        seed=options.seed,
+        batch_size=training.batch_size,
+        num_train_steps=training.num_train_steps,
+        skewness=training.skewness,
+        distance=training.distance,
+        when=run.criterion.when,
+    )
+    write_run_json(run, command=command)
+
+
+def run_resumed(run: Run, warnings: list[str]) -> None:
+    for warning in warnings:
+        run.log.line(f"warning: {warning}")
+    run.log.line(f"resumed at step {run.step}, {run.phase} phase")
+
+
+def resolved_settings(run: Run) -> dict[str, Any]:
+    """What was decided at the start and a resumed run takes over."""
+    return {
+        "seed": run.options.seed,
+        "pattern": run.options.pattern,
+        "when": run.criterion.when,
+        "max_dense_steps": run.options.max_dense_steps,
+        "micro_batch_size": run.options.micro_batch_size,
+        "precision": run.options.precision,
+        "backend": run.model.backend,
+        "device": run.device.type,
+        "processes": run.world.size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def processes_text(run: Run) -> str:
+    return "1 process" if run.world.size == 1 else f"{run.world.size} processes"
+
+
+def backend_text(run: Run) -> str:
+    if run.model.backend != "auto":
+        return run.model.backend
+    others = [
+        f"{name}: {reason}"
+        for name, reason in kernels.available_backends().items()
+        if reason is not True and (name != "cuda" or run.device.type == "cuda")
+    ]
+    return "auto" + (f" ({'; '.join(others)})" if others else "")
+
+
+# ---- steps -------------------------------------------------------------------------
+
+TIMED_STEPS = (3, 20)  # when the time to come is estimated
+
+
+def step_done(run: Run, result: StepResult, decision: Decision | None) -> None:
+    peak = memory.peak_bytes(run.device)
+    num_layers = run.config.model.num_layers
+    undefined: list[float | None] = [None] * num_layers
+    run.log.event(
+        "train",
+        step=run.step,
+        phase=run.phase,
+        loss=result.loss,
+        attention_loss=result.attention_loss,
+        accuracy=result.accuracy,
+        learning_rate=result.learning_rate,
+        skewness=decision.skewness if decision else undefined,
+        distance=decision.distance if decision else undefined,
+        change_percent=decision.change_percent if decision else undefined,
+        seconds=run.seconds,
+        peak_memory_bytes=peak,
+    )
+    scalars: dict[str, float | None] = {
+        "train/loss": result.loss,
+        "train/accuracy": result.accuracy,
+        "train/attention_loss": result.attention_loss,
+        "train/learning_rate": result.learning_rate,
+    }
+    if decision is not None:
+        for layer in range(num_layers):
+            tag = f"criterion/layer{layer}"
+            scalars[f"{tag}/skewness"] = decision.skewness[layer]
+            scalars[f"{tag}/distance"] = decision.distance[layer]
+            scalars[f"{tag}/change_percent"] = decision.change_percent[layer]
+    run.log.scalars(run.step, scalars)
+
+    per_step = run.seconds / run.step
+    best = "" if run.best_accuracy is None else f" dev {run.best_accuracy:.3f}"
+    held = f" | {decision.reason}" if decision is not None and not decision.transition else ""
+    run.log.progress(
+        run.step, f"{run.phase} loss {result.loss:.3f}{best} {per_step * 1e3:.0f} ms/step{held}"
+    )
+    if run.step in TIMED_STEPS and run.phase == "dense":
+        hours = per_step * run.config.training.num_train_steps / 3600
+        run.log.line(
+            f"step {run.step}: {per_step * 1e3:.0f} ms a dense step; the whole schedule would "
+            f"take {hours:.1f} h at this "
+            f"pace, sparse steps are faster; peak memory {memory.human(peak)}"
+        )
+    if decision is not None and not decision.transition and run.step % OUTLOOK_EVERY == 0:
+        run.log.line(f"step {run.step}, still dense: {decision.reason}")
+        run.log.line(f"  {run.criterion.outlook()}")
+
+
+OUTLOOK_EVERY = 200  # dense steps between two words on what holds the transition back
+
+
+def micro_batch_halved(run: Run) -> None:
+    run.log.line(
+        f"memory exhausted at step {run.step + 1}: micro-batch halved to "
+        f"{run.options.micro_batch_size}, "
+        f"the effective batch stays {run.config.training.batch_size}"
+    )
+
+
+def evaluation_done(run: Run, result: Evaluation, saved: bool) -> None:
+    """The reference's lines, with its numbering from 0."""
+    index = run.step - 1
+    log = run.log
+    if saved:
+        log.line(f"best model saved: step =  {index} dev accu =  {result.accuracy:.5f}")
+    log.line("Validation Results")
+    log.line(f"Global Steps: {index}")
+    log.line(f"Valid Loss: {result.loss:2.5f}")
+    log.line(f"Valid Accuracy: {result.accuracy:2.5f}")
+    log.line(f"time stamp: {run.seconds:.2f}")
+    log.event(
+        "eval",
+        step=run.step,
+        phase=run.phase,
+        loss=result.loss,
+        attention_loss=result.attention_loss,
+        accuracy=result.accuracy,
+        num_examples=result.num_examples,
+        saved=saved,
+        seconds=run.seconds,
+        peak_memory_bytes=memory.peak_bytes(run.device),
+    )
+    log.scalars(
+        index,
+        {
+            "val/loss": result.loss,
+            "val/accu": result.accuracy,
+            "val/attn_loss": result.attention_loss or 0.0,
+        },
+    )
+
+
+def transition_done(run: Run, reason: str, scores: Tensor, masks: Tensor) -> None:
+    log = run.log
+    log.line(f"transition to sparse attention after step {run.step} ({reason})")
+    for layer, mask in enumerate(masks):
+        empty = int((~mask.any(dim=1)).sum())
+        log.line(
+            f"  layer {layer}: {int(mask.sum())} of {mask.numel()} blocks kept, {empty} of "
+            f"{len(mask)} block rows without one"
+        )
+    log.event(
+        "transition",
+        step=run.step,
+        phase=run.phase,
+        reason=reason,
+        seconds=run.seconds,
+        active_blocks=[int(mask.sum()) for mask in masks],
+    )
+    if not run.world.is_main or run.paths is None:
+        return
+    log.line(f"block masks: {run.paths.masks}")
+    attention = None
+    if run.mean_attention is not None:
+        attention = run.mean_attention.mean(dim=1).cpu().numpy()
+    path = run.paths.log.with_suffix(".transition.png")
+    pixels = draw_transition(path, attention, scores.numpy(), masks.numpy(), run.step)
+    log.image(run.step, "transition", pixels)
+    log.line(f"picture of mean attention and kept blocks: {path}")
+
+
+def resume_hint(run: Run, why: str) -> None:
+    run.log.line(f"{why} after step {run.step}; go on with: {run.options.resume_command}")
+
+
+def training_done(run: Run) -> None:
+    log = run.log
+    training = run.config.training
+    if run.step < training.num_train_steps:
+        log.line(
+            f"training ended after step {run.step}: {run.evaluations_since_best} evaluations "
+            f"without a better one (--patience)"
+        )
+    log.line(f"total training step (k): {run.step / 1000.0}")
+    log.line(f"total training time (s): {run.seconds:.2f}")
+    log.line(f"peak memory usage (MB): {memory.peak_bytes(run.device) >> 20}")
+    if run.phase == "dense":
+        log.line("the run ended without a transition: its whole training was dense")
+        log.line(f"  {run.criterion.outlook()}")
+        log.line(
+            "  try a lower --sk, a higher --ds, more steps, a larger batch (less noise in the "
+            "change), or --max_dense_steps N"
+        )
+
+
+def test_done(log, result: Evaluation, seconds: float, phase: str) -> None:
+    """The reference's lines of a test."""
+    log.line(f"total eval time (s): {seconds:.2f}")
+    log.line("Evaluation Results")
+    log.line(f"Loss: {result.loss:2.5f}")
+    log.line(f"Accuracy: {result.accuracy:2.5f}")
+    log.line(f"examples: {result.num_examples}, attention: {phase}")
+
+
+def run_finished(run: Run, result: Evaluation) -> None:
+    """The last event, the result in run.json, the picture of the run."""
+    run.log.event(
+        "end",
+        step=run.step,
+        phase=run.phase,
+        loss=result.loss,
+        accuracy=result.accuracy,
+        seconds=run.seconds,
+        peak_memory_bytes=memory.peak_bytes(run.device),
+    )
+    write_run_json(
+        run,
+        result={
+            "test_accuracy": result.accuracy,
+            "test_loss": result.loss,
+            "num_test_examples": result.num_examples,
+            "attention": run.phase,
+            "best_dev_accuracy": run.best_accuracy,
+            "best_step": run.best_step,
+            "steps": run.step,
+            "transition_step": run.transition_step,
+            "seconds": run.seconds,
+            "peak_memory_bytes": memory.peak_bytes(run.device),
+        },
+    )
+    if not run.world.is_main or run.paths is None:
+        return
+    run.log.sync()
+    records = [json.loads(line) for line in run.paths.metrics.read_text().splitlines()]
+    picture = run.paths.log.with_suffix(".png")
+    training = run.config.training
+    draw_run(picture, records, training.skewness, training.distance)
+    run.log.line(f"picture of the run: {picture}")
+    run.log.line(f"numbers: {run.paths.metrics}, {run.paths.run_json}")
+    run.log.line(f"curves: tensorboard --logdir {run.paths.tensorboard}")
+
+
+# ---- run.json ----------------------------------------------------------------------
+
+
+def flops(model: ModelConfig, batch_size: int, phase: str) -> dict[str, float]:
+    """Floating-point operations of one training step, forward and backward, one multiply-add
+    counted as two.
+
+    attention: the two products forward (4 B H n d for n attended pairs) and the four backward;
+    recomputation is not counted. statistics: the scores of a dense step's mean attention once
+    more. step: all of it with the linear layers.
+    """
+    pairs: float = model.padded_length**2
+    if phase == "sparse":
+        pairs = model.num_active_blocks * model.block_size**2
+    examples = batch_size * model.num_inputs
+    inner = model.num_head * model.head_dim
+    per_pass = 4.0 * examples * inner * pairs * model.num_layers
+    attention = 3 * per_pass
+    statistics = per_pass / 2 if phase == "dense" else 0.0
+    weights = model.transformer_dim * (4 * inner + 2 * model.transformer_hidden_dim)
+    linear = 3 * 2.0 * examples * model.padded_length * weights * model.num_layers
+    return {
+        "attention": attention,
+        "statistics": statistics,
+        "step": attention + statistics + linear,
+    }
+
+
+def write_run_json(run: Run, command: str | None = None, result: dict | None = None) -> None:
+    """The facts of a run, readable without loading anything: configuration, versions, device,
+    FLOPs, result."""
+    if not run.world.is_main or run.paths is None:
+        return
+    path = run.paths.run_json
+    facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if command is not None:
+        facts = {
+            "config": run.config.as_dict(),
+            "command": command,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": versions(),
+            "device": device_name(run.device),
+            "resolved": resolved_settings(run),
+            "num_parameters": sum(p.numel() for p in run.model.parameters()),
+            "flops_per_step": {
+                phase: flops(run.config.model, run.config.training.batch_size, phase)
+                for phase in ("dense", "sparse")
+            },
+            "result": None,
+        }
+    if result is not None:
+        facts["result"] = result
+    write_json(path, facts)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": sys.platform,
+    }
+
+
+# ---- pictures ----------------------------------------------------------------------
+
+
+def draw_transition(
+    path: Path, attention: np.ndarray | None, scores: np.ndarray, masks: np.ndarray, step: int
+) -> np.ndarray:
+    """Writes a PNG with a column a layer: mean attention, pattern scores, kept blocks.
+
+    Args:
+        attention: [L, N, N] or None; scores: [L, nb, nb]; masks: bool [L, nb, nb].
+
+    Returns: the picture, uint8 [height, width, 3].
+    """
+    figure, canvas = _figure(3.2 * len(masks) + 0.6, 9.6 if attention is not None else 6.6)
+    rows = 3 if attention is not None else 2
+    axes = figure.subplots(rows, len(masks), squeeze=False)
+    for layer in range(len(masks)):
+        column = list(axes[:, layer])
+        if attention is not None:
+            axis = column.pop(0)
+            # averaged down to what the picture can show; logarithmic, as attention spans orders of
+            # magnitude
+            size = attention.shape[-1]
+            factor = max(1, size // 256)
+            small = attention[layer].reshape(size // factor, factor, size // factor, factor)
+            values = np.log10(np.maximum(small.mean(axis=(1, 3)), 1e-9))
+            low = max(float(values.min()), float(values.max()) - 4)
+            shown = axis.imshow(
+                values,
+                cmap="viridis",
+                vmin=low,
+                extent=(0, size, size, 0),
+                interpolation="nearest",
+            )
+            axis.set_title(f"layer {layer}: mean attention", fontsize=9)
+            axis.set_ylabel("query" if layer == 0 else "")
+            figure.colorbar(shown, ax=axis, fraction=0.046, label="log10")
+        shown = column[0].imshow(scores[layer], cmap="magma", interpolation="nearest")
+        column[0].set_title("learned pattern scores", fontsize=9)
+        figure.colorbar(shown, ax=column[0], fraction=0.046)
+        column[1].imshow(masks[layer], cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        column[1].set_title(
+            f"{int(masks[layer].sum())} of {masks[layer].size} blocks kept", fontsize=9
+        )
+        column[1].set_xlabel("key block")
+        for axis in column:
+            if layer == 0:
+                axis.set_ylabel("query block")
+    figure.suptitle(f"transition after step {step}", fontsize=11)
+    return _save(figure, canvas, path)
+
+
+def draw_run(path: Path, records: list[dict[str, Any]], skewness: float, distance: float) -> None:
+    """Writes a PNG of a whole run from its metrics: loss, dev accuracy, skewness and change
+    against their thresholds."""
+    train = [r for r in records if r["event"] == "train"]
+    evals = [r for r in records if r["event"] == "eval"]
+    switch = [r["step"] for r in records if r["event"] == "transition"]
+    dense = [r for r in train if r["phase"] == "dense"]
+    figure, canvas = _figure(8.0, 7.6)
+    top, middle, bottom = figure.subplots(3, 1)
+    top.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.8, label="train loss")
+    if evals:
+        right = top.twinx()
+        right.plot(
+            [r["step"] for r in evals],
+            [r["accuracy"] for r in evals],
+            "o-",
+            color="tab:orange",
+            ms=4,
+            label="dev accuracy",
+        )
+        right.set_ylabel("dev accuracy", color="tab:orange")
+    top.set_ylabel("train loss", color="tab:blue")
+    layers = range(len(train[0]["skewness"])) if train else range(0)
+    for layer in layers:
+        steps = [r["step"] for r in dense]
+        middle.plot(
+            steps, [_gap(r["skewness"][layer]) for r in dense], lw=1, label=f"layer {layer}"
+        )
+        bottom.plot(
+            steps,
+            [_gap(r["change_percent"][layer]) for r in dense],
+            lw=0.8,
+            label=f"layer {layer}",
+        )
+    middle.axhline(skewness, color="black", ls="--", lw=0.8, label="threshold")
+    middle.set_ylabel("skewness")
+    bottom.axhline(distance, color="black", ls="--", lw=0.8, label="threshold")
+    bottom.set_yscale("log")
+    bottom.set_ylabel("change of distance, %")
+    bottom.set_xlabel("step")
+    for axis in (top, middle, bottom):
+        for step in switch:
+            axis.axvline(step, color="tab:red", lw=1)
+    for axis in (middle, bottom):
+        if dense:
+            axis.legend(fontsize=8, loc="best")
+    top.set_title(
+        "red line: transition to sparse attention" if switch else "no transition", fontsize=9
+    )
+    _save(figure, canvas, path)
+
+
+def _gap(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _figure(width: float, height: float):
+    # the object interface with its own canvas: no global state, no display
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure, FigureCanvasAgg(figure)
+
+
+def _save(figure, canvas, path: Path) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -6,6 +6,8 @@ last one), so the two are one operation: x, normed = dropout_add_layer_norm(x, b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,20 @@ class EncoderLayer(nn.Module):
         # indices 0 and 3 carry parameters; the encoder applies GELU and dropout between and after
         # them
         self.mlpblock = nn.ModuleDict({"0": nn.Linear(dim, hidden), "3": nn.Linear(hidden, dim)})
+        self.backend = backend
+
+    def expand(self, x: Tensor) -> Tensor:
+        """[B, N, transformer_dim] -> [B, N, transformer_hidden_dim]"""
+        return self._linear("0", x)
+
+    def contract(self, x: Tensor) -> Tensor:
+        """[B, N, transformer_hidden_dim] -> [B, N, transformer_dim]"""
+        return self._linear("3", x)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        linear = self.mlpblock[name]
+        assert isinstance(linear, nn.Linear)
+        return kernels.linear(x, linear.weight, linear.bias, backend=self.backend)
 
 
 class Encoder(nn.Module):
@@ -76,7 +92,8 @@ class Encoder(nn.Module):
             ids = torch.cat([start, ids[:, :-1]], dim=1)
         token_mask = ids != 0
         key_padding_mask = token_mask if config.key_padding else None
-        drop = {
+        # the same dropout everywhere, at its own site
+        drop: dict[str, Any] = {
             "p": config.dropout_prob if dropout_key is not None else 0.0,
             "key": dropout_key,
             "backend": self.backend,
@@ -104,10 +121,9 @@ class Encoder(nn.Module):
             x, normed = kernels.dropout_add_layer_norm(
                 x, branch, layer.norm2.weight, layer.norm2.bias, site=site, **drop
             )
-            expand, contract = layer.mlpblock["0"], layer.mlpblock["3"]
-            hidden = kernels.linear(normed, expand.weight, expand.bias, backend=self.backend)
+            hidden = layer.expand(normed)
             hidden = kernels.gelu_dropout(hidden, site=site + 1, **drop)
-            branch = kernels.linear(hidden, contract.weight, contract.bias, backend=self.backend)
+            branch = layer.contract(hidden)
             x, normed = kernels.dropout_add_layer_norm(
                 x, branch, next_norm.weight, next_norm.bias, site=site + 2, **drop
             )

@@ -354,6 +354,7 @@ def restore(run: Run, state: TrainState) -> None:
     assert training is not None
     run.step = state.step
     if state.phase == "sparse":
+        assert state.block_masks is not None
         run.model.enter_sparse_phase(state.block_masks)
         run.phase = "sparse"
         run.optimizer = run.new_optimizer()

@@ -119,7 +119,7 @@ def train_run(
         datasets = (made_up_data(config), made_up_data(config))
     else:
         train_data, dev_data, test_data = (
-            open_split(args.data_dir, config, tasks[task], split, notices.append)
+            open_split(args.data_dir, config, tasks[task], split, launch)
             for split in ("train", "dev", "test")
         )
         datasets = (train_data, dev_data)
@@ -400,7 +400,7 @@ def evaluate_run(
     precision = resolve_precision(args.precision, device)
     backend = resolve_backend(args.backend, device)
     model = model_of(state, config, backend, device, paths.model)
-    test_data = open_split(args.data_dir, config, tasks[task], "test", notices.append)
+    test_data = open_split(args.data_dir, config, tasks[task], "test", launch)
     check_writable(paths.output_dir)
     world = join_world(launch.rank, launch.size, device)
     micro = args.batch_size or args.micro_batch_size
@@ -590,7 +590,7 @@ def open_split(
     config: TaskConfig,
     task_dict: Mapping[str, Any],
     split: str,
-    notify: Callable[[str], None],
+    launch: Launch,
 ) -> Dataset:
     """One of a task's three data sets.
 
@@ -608,7 +608,9 @@ def open_split(
         length=model.padded_length,
         num_classes=model.num_classes,
         num_inputs=model.num_inputs,
-        notify=notify,
+        expected_size=task_dict["dataset"][split],
+        # at once, not with the log's first lines: converting a large pickle takes a while
+        notify=print if launch.rank == 0 else lambda text: None,
     )
 
 

@@ -191,8 +191,7 @@ class TransitionCriterion:
         self._previous_distance = list(state["previous_distance"])
         self._history.clear()
         self._history.extend(
-            [tuple(entry) for entry in record]  # type: ignore[misc]
-            for record in state["history"]
+            [tuple(entry) for entry in record] for record in state["history"]
         )
 
     def release(self) -> None:

@@ -190,9 +190,7 @@ class TransitionCriterion:
         self._previous = None if previous is None else previous.to(device)
         self._previous_distance = list(state["previous_distance"])
         self._history.clear()
-        self._history.extend(
-            [tuple(entry) for entry in record] for record in state["history"]
-        )
+        self._history.extend([tuple(entry) for entry in record] for record in state["history"])
 
     def release(self) -> None:
         """Drops the stored attention once it is not needed any more."""

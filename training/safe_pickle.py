@@ -65,6 +65,8 @@ _COUNTED = {
     0x8D: struct.Struct("<Q"),  # BINUNICODE8
     ord("C"): struct.Struct("<B"),  # SHORT_BINBYTES
     ord("B"): struct.Struct("<I"),  # BINBYTES
+    ord("U"): struct.Struct("<B"),  # SHORT_BINSTRING, of Python 2
+    ord("T"): struct.Struct("<I"),  # BINSTRING
     0x8E: struct.Struct("<Q"),  # BINBYTES8
     0x96: struct.Struct("<Q"),  # BYTEARRAY8
 }
@@ -147,7 +149,7 @@ class _Operations:
         return data
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         data, position, base = b"", 0, 0  # data[0] is the file's byte number `base`
         longest = 2 * MAX_NAME + 16  # of an opcode without counted bytes
@@ -252,26 +254,38 @@ def iterate_file(
     file: BinaryIO, name: str, *, on_read: Callable[[bytes], object] | None = None
 ) -> Iterator[Any]:
     """`iterate` for a file opened in binary mode; `name` stands in messages."""
-    start = os.pread(file.fileno(), 4, 0)
+    wanted = _numbers_read(_begin(file, name))
+    yield from _run(_Operations(file, name, on_read), wanted, streaming=True)
+
+
+def load_value(file: BinaryIO, name: str) -> Any:
+    """The one value in a pickle, of any admitted kind (CIFAR-10's python batches are dicts)."""
+    wanted = _numbers_read(_begin(file, name))
+    (value,) = _run(_Operations(file, name), wanted, streaming=False)
+    return value
+
+
+def _begin(file: BinaryIO, name: str) -> _Operations:
+    file.seek(0)
+    start = file.read(4)
     if not start:
         raise ValueError(f"{name} is empty")
     if start[0] != 0x80:
         kinds = {b"PK": "a zip or torch file", b"\x1f\x8b": "a gzip file", b"\x93N": "a .npy file"}
         kind = kinds.get(start[:2], "no pickle of protocol 2 to 5")
         raise ValueError(f"{name} is {kind} (its first bytes are {start!r}), not a data pickle")
-    wanted = _numbers_read(_Operations(file, name))
-    yield from _run(_Operations(file, name, on_read), wanted)
+    return _Operations(file, name)
 
 
-def _run(operations: _Operations, wanted: set[int]) -> Iterator[Any]:
-    """Second pass: the stack machine."""
+def _run(operations: _Operations, wanted: set[int], *, streaming: bool) -> Iterator[Any]:
+    """Second pass: the stack machine. streaming: gives the items of the list, else the value."""
     error = operations.error
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
     memo_writes = 0
     shared_bytes = 0
-    top_seen = False
+    top_seen = not streaming
 
     def pop_to_mark() -> list:
         if not marks:
@@ -318,7 +332,7 @@ def _run(operations: _Operations, wanted: set[int]) -> Iterator[Any]:
             if len(argument) > MAX_INT_BYTES:
                 raise error(f"refused: an integer of {len(argument)} bytes")
             stack.append(int.from_bytes(argument, "little", signed=True))
-        elif opcode in b"CB\x8e\x96":
+        elif opcode in b"CBUT\x8e\x96":
             stack.append(argument)
         elif opcode in b"\x8cX\x8d":
             try:
@@ -390,9 +404,13 @@ def _run(operations: _Operations, wanted: set[int]) -> Iterator[Any]:
         elif opcode == 0x80:  # PROTO
             if not 2 <= argument <= 5:
                 raise error(f"pickle protocol {argument} is not known (2 to 5 are)")
-        elif stack != [_TOP] or marks:  # STOP, and the list is not all there is
-            what = "nothing" if not stack else type(stack[-1]).__name__
-            raise error(f"it holds {what}, not a list of examples")
+        elif opcode == 0x2E:  # STOP
+            if marks or len(stack) != 1:
+                raise error("the file is damaged: it ends in the middle of a value")
+            if not streaming:
+                yield _finished(stack[0], error)
+            elif stack[0] is not _TOP:
+                raise error(f"it holds a {type(stack[0]).__name__}, not a list of examples")
         if shared_bytes > MAX_SHARED_BYTES:
             raise error(
                 f"its items share more than {MAX_SHARED_BYTES:,} bytes with each other, "
@@ -419,6 +437,8 @@ def _set_items(target, pairs: list, error) -> None:
     if type(target) is not dict or len(pairs) % 2:
         raise error("the file is damaged: something other than a dict gets entries")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        if type(key) is bytes:
+            key = key.decode("latin1")  # a string of Python 2
         if type(key) is not str:
             raise error(f"refused: a dict key of type {type(key).__name__}, not a string")
         if value is target:
@@ -447,8 +467,8 @@ def _reduce(function, arguments, error):
         if len(arguments) == 3 and arguments[0] is _NDARRAY and arguments[1] == (0,):
             return _Unfinished("array")
     elif function is _DTYPE:
-        if kinds == [str, bool, bool]:
-            code = arguments[0]
+        if len(arguments) == 3 and kinds[0] in (str, bytes):
+            code = _string(arguments[0])
             if code[:1] == "O":
                 raise error("refused: an array of Python objects")
             if not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
@@ -471,6 +491,10 @@ def _reduce(function, arguments, error):
         except UnicodeEncodeError:
             pass
     raise error(f"the file is damaged: {function.name} with arguments that do not fit")
+
+
+def _string(value) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
 def _dtype(value, error) -> np.dtype:
@@ -503,9 +527,10 @@ def _build(target, state, error) -> None:
         # (version, byte order, subarray, names, fields, itemsize, alignment, flags[, metadata]):
         # plain numbers have only the order.
         plain = len(state) in (8, 9) and all(s is None for s in (*state[2:5], *state[8:]))
-        if not plain or type(state[1]) is not str or state[1] not in "<>|=" or len(state[1]) != 1:
+        order = _string(state[1]) if plain else ""
+        if order not in ("<", ">", "|", "="):
             raise error("refused: an array of records or of an unusual dtype")
-        target.value = np.dtype(state[1] + target.code)
+        target.value = np.dtype(order + target.code)
         return
     if target.value is not None or len(state) != 5:
         raise error("the file is damaged: an array gets its content twice")

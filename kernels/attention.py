@@ -32,7 +32,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.layout import BlockLayout
 
@@ -80,6 +79,7 @@ def block_sparse_attention(
         not built or cannot do this call, and if the result is differentiated twice.
     Source: docs/semantics.md, "Sparse phase".
     """
+    query, key, value = autocast_inputs(query, key, value)
     _check(query, key, value, key_padding_mask)
     if not isinstance(layout, BlockLayout):
         raise ValueError(f"layout must be a BlockLayout, not {type(layout).__name__}")
@@ -95,7 +95,7 @@ def block_sparse_attention(
     if pruned not in ("zero", "masked"):
         raise ValueError(f'pruned must be "zero" or "masked", not {pruned!r}')
     scale = check_scale(scale, query)
-    query, key, value = (_once(x) for x in autocast_inputs(query, key, value))
+    query, key, value = _differentiable_once(query, key, value)
     module = choose_backend("block_sparse_attention", backend, query, layout)
     with torch.autocast(query.device.type, enabled=False):
         return module.block_sparse_attention(
@@ -117,9 +117,10 @@ def dense_attention(
     Args, Returns, Raises: as for `block_sparse_attention`.
     Source: docs/semantics.md, "Dense phase".
     """
+    query, key, value = autocast_inputs(query, key, value)
     _check(query, key, value, key_padding_mask)
     scale = check_scale(scale, query)
-    query, key, value = (_once(x) for x in autocast_inputs(query, key, value))
+    query, key, value = _differentiable_once(query, key, value)
     module = choose_backend("dense_attention", backend, query, None)
     with torch.autocast(query.device.type, enabled=False):
         return module.dense_attention(query, key, value, key_padding_mask, scale)
@@ -196,9 +197,12 @@ def check_inputs(**tensors: Tensor) -> None:
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Inputs in autocast's dtype where it is on; fp64 stays, as in torch's own rule."""
     device = tensors[0].device.type
-    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
@@ -229,21 +233,36 @@ def _reason_against(name: str, op: str, query: Tensor, layout: BlockLayout | Non
 
 
 class _Once(torch.autograd.Function):
-    """Identity whose gradient cannot be differentiated again.
+    """The identity on `tensor`, one of `inputs`; what it passes back cannot be differentiated.
 
     It stands before the inputs, so that every second derivative passes it. Left to themselves the
     backends differ: an error, silent zeros, or right values at the cost of B * H * N * N.
     """
 
     @staticmethod
-    def forward(ctx, tensor):
+    def forward(ctx, tensor, *inputs):
+        ctx.save_for_backward(*inputs)
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return grad
+        return _Refusal.apply(grad, *ctx.saved_tensors), None, None, None
 
 
-def _once(tensor: Tensor) -> Tensor:
-    return _Once.apply(tensor) if tensor.requires_grad and torch.is_grad_enabled() else tensor
+class _Refusal(torch.autograd.Function):
+    """The identity on `grad`, tied to all inputs: a kernel's gradient looks like a constant."""
+
+    @staticmethod
+    def forward(ctx, grad, *inputs):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("attention cannot be differentiated twice")
+
+
+def _differentiable_once(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    inputs = (query, key, value)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # which refuses by itself
+        return inputs
+    return tuple(_Once.apply(x, *inputs) if x.requires_grad else x for x in inputs)

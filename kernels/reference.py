@@ -146,7 +146,9 @@ class _BlockSparse(torch.autograd.Function):
             # of padding alone has none, and with 0 its exponentials are zeros.
             top = top.clamp_min(0) if num_pruned else top.masked_fill(top == -math.inf, 0)
             exps = scores.sub_(top).exp_()
-            total = exps.sum(-1, keepdim=True) + num_pruned * (-top).exp()
+            total = exps.sum(-1, keepdim=True)
+            if num_pruned:
+                total += num_pruned * (-top).exp()
             inverse = total.reciprocal().masked_fill(total == 0, 0).view(-1, bs, 1)
             exps = exps.view(-1, bs, count)
             part = torch.bmm(exps, _take(v, columns, count)).mul_(inverse)
@@ -159,6 +161,11 @@ class _BlockSparse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
+        with torch.autocast(dout.device.type, enabled=False):
+            return _BlockSparse.gradients(ctx, dout)
+
+    @staticmethod
+    def gradients(ctx, dout):
         query, key, value, out, *saved = ctx.saved_tensors
         layout, scale, bs = ctx.layout, ctx.scale, ctx.layout.block_size
         shape = query.shape

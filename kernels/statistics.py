@@ -64,6 +64,7 @@ def attention_statistics(
         cannot do it.
     Source: docs/semantics.md, "Statistics of the dense phase".
     """
+    query, key = autocast_inputs(query.detach(), key.detach())
     check_inputs(query=query, key=key)
     check_padding(key_padding_mask, query)
     B, _, N, _ = query.shape
@@ -74,7 +75,6 @@ def attention_statistics(
     if mean_out is not None:
         _check_mean_out(mean_out, [groups, N, N], query, full)
     scale = check_scale(scale, query)
-    query, key = autocast_inputs(query.detach(), key.detach())
     layout = _full_layout(N // block_size, block_size, query.device)
     module = choose_backend("attention_statistics", backend, query, layout)
     with torch.autocast(query.device.type, enabled=False):

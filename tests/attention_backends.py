@@ -1,0 +1,139 @@
+"""What the attention tests share: the backends to test, the formulas in float64, the tolerance.
+
+A backend (or one code path of it) joins every test by one more entry in CASES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import available_backends
+
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute attention."""
+
+    id: str
+    backend: str  # the `backend` argument of the public functions
+    activate: Callable[[], AbstractContextManager] = (
+        nullcontext  # chooses a code path around a test
+    )
+    device: str = "cpu"
+    dtypes: tuple[torch.dtype, ...] = (FP32, BF16, FP16)
+    head_dims: tuple[int, ...] = (16, 32, 48, 64, 128)
+    block_sizes: tuple[int, ...] = (16, 32, 64)
+    skip: Callable[[], str | None] = lambda: None  # why this path cannot run here
+    ops: tuple[str, ...] = ("sparse", "dense", "statistics")
+    num_examples: int = 300  # of hypothesis in the fast tests; fewer for emulated devices
+
+    def require(self, *, op="sparse", dtype=FP32, head_dim=32, block_size=32) -> None:
+        """Skip what this case does not claim; a claim that fails is a failed test."""
+        claims = (
+            (op, self.ops),
+            (dtype, self.dtypes),
+            (head_dim, self.head_dims),
+            (block_size, self.block_sizes),
+        )
+        for value, claimed in claims:
+            if value not in claimed:
+                pytest.skip(f"{self.id} does not claim {value}")
+
+
+CASES = [Case("reference", "reference", dtypes=(FP32, BF16, FP16, FP64))]
+
+
+def pytest_params(op: str) -> list:
+    """The cases that claim `op`, as parameters of a fixture."""
+    return [pytest.param(case, id=case.id) for case in CASES if op in case.ops]
+
+
+def activated(case: Case):
+    """Body of the `case` fixture: skip what cannot run on this machine, switch the path on."""
+    reason = available_backends()[case.backend]
+    if reason is not True:
+        pytest.skip(f"{case.backend}: {reason}")
+    if reason := case.skip():
+        pytest.skip(f"{case.id}: {reason}")
+    with case.activate():
+        yield case
+
+
+def dense_probs(
+    query: Tensor,
+    key: Tensor,
+    block_mask: Tensor,
+    block_size: int,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    pruned: str,
+) -> Tensor:
+    """p [B, H, N, N] as the specification writes it, in the inputs' dtype, differentiable."""
+    N = query.shape[2]
+    kept = block_mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    attended = kept if key_padding_mask is None else kept & key_padding_mask[:, None, None]
+    scores = (query @ key.mT * scale).masked_fill(~attended, -torch.inf)
+    num_pruned = (N - kept.sum(1))[:, None].to(query.dtype)
+    if pruned == "masked":
+        num_pruned = torch.zeros_like(num_pruned)
+    top = scores.detach().amax(-1, keepdim=True)
+    top = torch.where(num_pruned > 0, top.clamp_min(0), top).masked_fill(top == -torch.inf, 0)
+    exps = (scores - top).exp()
+    pruned_sum = torch.where(num_pruned > 0, num_pruned * (-top).exp(), 0)
+    total = exps.sum(-1, keepdim=True) + pruned_sum
+    return exps / total.masked_fill(total == 0, 1)
+
+
+def dense_restatement(query, key, value, *args) -> Tensor:
+    """Attention [B, H, N, d] from `dense_probs`."""
+    return dense_probs(query, key, *args) @ value
+
+
+def largest_score(query: Tensor, key: Tensor, scale: float) -> float:
+    return (query.double() @ key.double().mT * scale).abs().max().item()
+
+
+def assert_as_exact_as_torch(
+    ours: Tensor, plain: Tensor, exact: Tensor, score: float, what: str
+) -> None:
+    """Error against float64 at most twice that of plain torch in the same dtype, plus rounding.
+
+    Rounding is that of the result and, through the exponential, of scores as large as `score`: a
+    kernel that recomputes exp(score - lse) for its gradients cannot know p better than
+    score * eps. Both in the maximum, where one wrong row shows, and in the steadier mean square.
+    """
+    assert ours.dtype == plain.dtype and ours.shape == exact.shape, what
+    rounding = torch.finfo(ours.dtype).eps
+    if ours.dtype == FP64:  # where plain and exact are one and the same
+        rounding *= 4 * (1 + score)
+    else:  # 16-bit inputs too are computed in fp32
+        rounding += torch.finfo(FP32).eps * score
+    for norm, measure in (
+        ("max", lambda x: x.abs().max().item()),
+        ("rms", lambda x: x.square().mean().sqrt().item()),
+    ):
+        error = measure(ours.double() - exact)
+        error_of_torch = measure(plain.double() - exact)
+        bound = 2 * error_of_torch + rounding * measure(exact)
+        assert error <= bound, (  # written so that NaN fails
+            f"{what}: {norm} error {error:.3g} exceeds {bound:.3g}, "
+            f"plain torch has {error_of_torch:.3g}"
+        )
+
+
+def random_padding(batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """bool [B, N]: real tokens first, one hole, the second example all padding."""
+    lengths = torch.randint(1, length + 1, (batch, 1), generator=generator)
+    mask = torch.arange(length) < lengths
+    mask[0, :3] = torch.tensor([True, False, True])
+    if batch > 1:
+        mask[1] = False
+    return mask

@@ -1,4 +1,4 @@
-"""The byte encoding of lra-text, lra-retrieval, lra-news1 and lra-yelp1: id = byte value + 1, 0 is padding.
+"""The byte encoding of lra-text, lra-retrieval, lra-news1 and lra-yelp1: id = byte + 1, 0 pads.
 
 Source: docs/data.md, "Byte encoding"; the ids equal the reference's over all 256 byte values.
 """
@@ -14,7 +14,7 @@ def encode_bytes(text: bytes, *, max_ids: int, length: int) -> np.ndarray:
             character and invalid UTF-8 passes through.
         max_ids: how many bytes are kept at most.
         length: padded length of the model, at least max_ids.
-    Returns: int32 [length]; values 1..256 at the text, 0 behind it (a NUL byte is id 1, not padding).
+    Returns: int32 [length]; 1..256 at the text (a NUL byte is id 1), 0 behind it.
     """
     if not 0 <= max_ids <= length:
         raise ValueError(f"max_ids {max_ids} does not fit the padded length {length}")

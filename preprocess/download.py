@@ -1,12 +1,12 @@
 """Fetch the raw data of a task, whole or not at all, and unpack only what the task needs.
 
-    python preprocess/download.py                        # the LRA release, listops + retrieval + pathfinder
-    python preprocess/download.py --task lra-retrieval   # the same archive, only tsv_data unpacked
-    python preprocess/download.py --task lra-text        # the IMDb archive; create_text.py reads it as it is
+    python preprocess/download.py                       # the LRA release, all its tasks unpacked
+    python preprocess/download.py --task lra-retrieval  # only tsv_data unpacked
+    python preprocess/download.py --task lra-text       # an archive, read as it is
 
 A cut download continues where it stopped (HTTP Range, guarded by the server's ETag, so that two
-versions of a file are never glued together); what arrives is checked for size and SHA-256 before it
-gets its name. pathfinder_tfds.gz of the LRA publishers is not needed by anything here.
+versions of a file are never glued together); what arrives is checked for size and SHA-256 before
+it gets its name. pathfinder_tfds.gz of the LRA publishers is not needed by anything here.
 """
 
 import argparse
@@ -28,7 +28,8 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from preprocess.sources import archive_members
 
 CHECKSUMS = Path(__file__).with_name("checksums.txt")
@@ -88,7 +89,7 @@ class _Retry(Exception):
 
 
 def read_checksums(path: Path) -> dict[str, tuple[str, int]]:
-    """URL -> (SHA-256 in lower case, size in bytes) of a checksums file; # starts a comment line."""
+    """URL -> (SHA-256 in lower case, size in bytes); # starts a comment line."""
     known = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
@@ -172,7 +173,7 @@ def download(
 
 
 def _fetch(url, file, part, size, timeout, notify) -> None:
-    """One request: append what is missing to `file`; raises _Retry or, for what won't pass, ValueError."""
+    """One request: append what is missing. Raises _Retry, or ValueError for what won't pass."""
     have = file.tell()
     info = _read_info(part, url)
     headers = {"Accept-Encoding": "identity"}
@@ -240,7 +241,7 @@ def _fetch(url, file, part, size, timeout, notify) -> None:
 
 
 def _copy(response, file, bar, timeout, url) -> None:
-    """Body to file as it comes. `raw`, as requests would unpack a .gz sent with Content-Encoding."""
+    """Body to file. `raw`: requests itself would unpack a .gz sent with Content-Encoding."""
     try:
         while chunk := response.raw.read(CHUNK, decode_content=False):
             file.write(chunk)
@@ -445,7 +446,9 @@ def _run(args: argparse.Namespace, tasks: list[str]) -> None:
         if archive.exists():
             print(f"{archive} is there already", flush=True)
             if sha256 and _digest(archive) != sha256:
-                raise ValueError(f"{archive} does not have SHA-256 {sha256}: remove it to fetch it")
+                raise ValueError(
+                    f"{archive} does not have SHA-256 {sha256}: remove it to fetch it"
+                )
         else:
             print(f"fetching {url} to {archive}", flush=True)
             digest = download(

@@ -1,4 +1,4 @@
-"""Reading what people have on disk: folders and tar archives (plain or gzip), without unpacking by hand.
+"""Reading what people have on disk: folders and tar archives (plain or gzip), not unpacked.
 
 A damaged archive must never look like a short one: tarfile ends quietly at a header that is cut
 off, so `archive_members` checks the end of the archive itself.
@@ -32,14 +32,14 @@ class _WatchedStream(io.RawIOBase):
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file starts like gzip or tar (its name does not matter: the LRA release ends in .gz)."""
+    """Whether a file starts like gzip or tar (the LRA release is a tar that ends in .gz)."""
     with open(path, "rb") as file:
         head = file.read(TAR_BLOCK)
     return head[:2] == b"\x1f\x8b" or head[257:262] == b"ustar"
 
 
 def archive_members(path: Path) -> Iterator[tuple[str, int, BinaryIO]]:
-    """Regular files of a tar archive in its order, in one pass, whatever the size: (name, bytes, file).
+    """(name, bytes, file) of the regular files of a tar archive, in its order, in one pass.
 
     Each file must be read before the next is asked for. Stopping early is fine and skips the check
     of the rest.
@@ -51,7 +51,7 @@ def archive_members(path: Path) -> Iterator[tuple[str, int, BinaryIO]]:
         with open(path, "rb") as file:
             head = file.read(2)
             file.seek(0)
-            opened = gzip.open(file) if head == b"\x1f\x8b" else file
+            opened = gzip.GzipFile(fileobj=file) if head == b"\x1f\x8b" else file
             stream = _WatchedStream(opened)
             with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 18) as archive:
                 while (member := archive.next()) is not None:
@@ -108,7 +108,7 @@ def split_files(
 
 
 def find_folder(source: Path, folder: str, needed: list[str]) -> Path:
-    """The folder that holds `needed`: `source` itself or `folder` up to two levels of lra_release below."""
+    """The folder with `needed`: `source` or, up to two levels of lra_release below, `folder`."""
     candidates = [
         source,
         source / folder,
@@ -126,4 +126,18 @@ def find_folder(source: Path, folder: str, needed: list[str]) -> Path:
     raise ValueError(
         f"{source} holds neither {', '.join(needed)} nor a folder {folder} with them"
         + (" (it is empty)" if not any(source.iterdir()) else "")
+    )
+
+
+def default_release() -> Path:
+    """Where download.py leaves the LRA release: unpacked, else its archive.
+
+    Raises: ValueError saying how to get it.
+    """
+    for path in (Path("data/lra_release"), Path("data/lra_release.gz")):
+        if path.exists():
+            return path
+    raise ValueError(
+        "neither data/lra_release nor data/lra_release.gz is here: python preprocess/download.py "
+        "fetches the release, --source names one you have elsewhere"
     )

@@ -19,6 +19,7 @@ number of processes.
 import argparse
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import errno
 import fcntl

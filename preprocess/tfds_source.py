@@ -1,0 +1,104 @@
+"""Prepared TensorFlow Datasets folders, read without any attempt to download.
+
+tensorflow is imported when an example is read, not before. Nothing is downloaded here: TFDS
+retries for minutes without a network, and download.py fetches the same data with checks.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def default_folder() -> Path:
+    """Where TFDS keeps prepared data: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
+
+
+def find_prepared(name: str, tfds_dir: Path) -> Path | None:
+    """Folder of the newest prepared version of data set `name`, None if there is none.
+
+    tfds_dir: the folder that holds `name`, or `name` itself, or a version of it.
+    """
+    for root in (tfds_dir / name, tfds_dir):
+        for pattern in ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json"):
+            found = [
+                path.parent
+                for path in root.glob(pattern)
+                if name in path.parts and ".incomplete" not in str(path)
+            ]
+            if found:
+                return max(found, key=lambda folder: _version(folder.name))
+    return None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdecimal())
+
+
+def prepared(name: str, tfds_dir: Path) -> Path:
+    """Like find_prepared, but raises ValueError if there is none."""
+    folder = find_prepared(name, tfds_dir)
+    if folder is None:
+        raise ValueError(
+            f"no prepared {name} in {tfds_dir}: expected {tfds_dir}/{name}/<version>/"
+            "dataset_info.json (nothing is downloaded; --source reads other files)"
+        )
+    return folder
+
+
+def read(
+    folder: Path,
+    split: str,
+    keys: Sequence[str],
+    *,
+    labels: Mapping[str, Sequence[str]],
+    encoded: Sequence[str] = (),
+    batch: int = 256,
+) -> Iterator[dict[str, Any]]:
+    """Examples of a prepared folder in its own order, as dicts of `keys`: bytes and NumPy values.
+
+    labels: feature -> the names that its numbers must stand for.
+    encoded: picture features to give as the bytes of their files, not decoded.
+    Raises: ValueError if tensorflow is not installed, the split is missing, the labels have
+        another order or a file is damaged.
+    """
+    # only errors of tensorflow, none of its hardware notes
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ValueError(
+            f"reading {folder} needs tensorflow and tensorflow-datasets ({error}): "
+            "pip install -r requirements.txt, or use --source with the original files"
+        ) from error
+    # reading data must not take a GPU's memory from somebody's training
+    tf.config.set_visible_devices([], "GPU")
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+        if split not in builder.info.splits:
+            raise ValueError(f"{folder} has no split {split}, only {sorted(builder.info.splits)}")
+        for key in keys:
+            if key not in builder.info.features:
+                raise ValueError(f"{folder} has no feature {key}")
+        for key, names in labels.items():
+            found = builder.info.features[key].names
+            if list(found) != list(names):
+                raise ValueError(
+                    f"{folder} numbers its {key} {', '.join(found)}; expected {', '.join(names)}"
+                )
+        data = builder.as_dataset(
+            split=split,
+            shuffle_files=False,
+            read_config=tfds.ReadConfig(try_autocache=False),
+            decoders={key: tfds.decode.SkipDecoding() for key in encoded},
+        )
+        data = data.map(lambda example: {key: example[key] for key in keys})
+        for rows in tfds.as_numpy(data.batch(batch)):
+            columns = [rows[key] for key in keys]
+            for values in zip(*columns, strict=True):
+                yield dict(zip(keys, values, strict=True))
+    except (tf.errors.OpError, OSError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{folder} is damaged or incomplete ({split}: {reason})") from error

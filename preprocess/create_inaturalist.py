@@ -72,7 +72,7 @@ def gray_ids(picture: bytes | str) -> np.ndarray:
 
 
 def gray(rgb: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] -> int32 [...]: the float32 formula of lra-image, rounded after every step."""
+    """uint8 [..., 3] -> int32 [...]: lra-image's float32 formula, rounded after every step."""
     red, green, blue = np.moveaxis(rgb.astype(np.float32) * np.float32(1 / 255), -1, 0)
     sum_ = np.float32(0.2989) * red + np.float32(0.5870) * green
     return ((sum_ + np.float32(0.1140) * blue) * np.float32(255.5)).astype(np.int32)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import native
 from kernels.fused import (
     DropoutKey,
     dropout_add_layer_norm,
@@ -21,7 +22,7 @@ def mask(seed=1, step=2, first=0, site=3, shape=SHAPE, p=0.1):
     return keep_mask(DropoutKey(seed, step, first), site, torch.Size(shape), p, "cpu")
 
 
-# ---- the generator ---------------------------------------------------------------------------
+# ---- the generator -----------------------------------------------------------------------------
 
 
 def test_mask_restated_with_python_integers():
@@ -122,7 +123,7 @@ def test_impossible_probability_is_named(p):
         gelu_dropout(torch.zeros(2, 4), p=p, key=DropoutKey(0, 0, 0), site=0)
 
 
-# ---- the operations --------------------------------------------------------------------------
+# ---- the operations ----------------------------------------------------------------------------
 
 KEY = DropoutKey(seed=5, step=17, first_example=3)
 
@@ -224,3 +225,198 @@ def test_shapes_that_disagree_are_named():
         ours("add", {**t, "branch": t["branch"][:1]}, 0.1)
     with pytest.raises(ValueError, match="unknown backend"):
         ours("gelu", t, 0.1, backend="cpuu")
+
+
+# ---- the compiled operations -------------------------------------------------------------------
+
+needs_library = pytest.mark.skipif(
+    native.reason_unavailable() is not None, reason=str(native.reason_unavailable())
+)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request):
+    """Each instruction set that this machine has, in turn."""
+    if reason := native.reason_unavailable():
+        pytest.skip(reason)
+    if reason := native.list_isas().get(request.param, "not compiled in"):
+        pytest.skip(f"{request.param}: {reason}")
+    native.select_isa(request.param)
+    yield request.param
+    native.select_isa("")
+
+
+TYPES = {  # of the residual stream and of the branch; autocast decides the norm's output
+    "fp32": (torch.float32, torch.float32),
+    "autocast": (torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+}
+
+
+def typed(types, **shape):
+    stream, branch = TYPES[types]
+    t = inputs(torch.float64, **shape, grad=False)
+    dtypes = {"branch": branch, "weight": stream, "bias": stream}
+    return {
+        k: v if k == "ids" else v.to(dtypes.get(k, stream)).requires_grad_() for k, v in t.items()
+    }
+
+
+def gradients(outputs, t):
+    """Of a fixed random functional of the outputs, for every input that they depend on."""
+    generator = torch.Generator().manual_seed(1)
+    loss = 0.0
+    for out in outputs:
+        seed = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        loss = loss + (out.double() * seed.bfloat16().double()).sum()
+    names = [k for k, v in t.items() if v.requires_grad]
+    grads = torch.autograd.grad(loss, [t[k] for k in names], allow_unused=True)
+    return {k: g for k, g in zip(names, grads, strict=True) if g is not None}
+
+
+def run(name, t, types, p, backend):
+    with torch.autocast("cpu", torch.bfloat16, enabled=types == "autocast"):
+        outputs = ours(name, {**t, "x": t["branch"]} if name == "gelu" else t, p, backend)
+    grads = gradients(outputs, t)
+    return {f"out {i}": out for i, out in enumerate(outputs)} | grads
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"b": 1, "n": 1}, {"b": 2, "n": 300, "e": 96, "v": 3}], ids=str
+)
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_against_float64(name, types, shape, isa):
+    """At most twice the error of plain PyTorch in the same dtypes, and a rounding."""
+    t = typed(types, **shape)
+    got = run(name, t, types, 0.1, "cpu")
+    plain = run(name, t, types, 0.1, "reference")
+    wide = {k: v if k == "ids" else v.detach().double().requires_grad_() for k, v in t.items()}
+    hand = by_hand(name, {**wide, "x": wide["branch"]} if name == "gelu" else wide, 0.1)
+    want = {f"out {i}": out for i, out in enumerate(hand)} | gradients(hand, wide)
+    assert got.keys() == plain.keys() == want.keys()
+    for key, exact in want.items():
+        assert got[key].dtype == plain[key].dtype and got[key].shape == exact.shape, key
+        scale = exact.abs().max()
+        error = (got[key].double() - exact).abs().max() / scale
+        allowed = (plain[key].double() - exact).abs().max() / scale
+        print(f"{key}: {error:.2e}, plain {allowed:.2e}")
+        assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps, key
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 100, 64 * 32, 64 * 32 + 5])
+def test_compiled_masks_are_the_reference_s(size, isa):
+    x = torch.ones(5, size)
+    for p in (0.1, 0.5, 0.999):
+        out = gelu_dropout(x, p=p, key=KEY, site=9, backend="cpu")
+        assert torch.equal(out != 0, keep_mask(KEY, 9, x.shape, p, "cpu"))
+
+
+def test_compiled_masks_of_rows(isa):
+    """The same through the other two operations, whose rows are tokens."""
+    ones, zeros = torch.ones(3, 70, 96), torch.zeros(3, 70, 96)
+    want = keep_mask(KEY, 9, ones.shape, 0.3, "cpu")
+    options = {"p": 0.3, "key": KEY, "site": 9, "backend": "cpu"}
+    norm = torch.ones(96), torch.zeros(96)
+    assert torch.equal(dropout_add_layer_norm(zeros, ones, *norm, **options)[0] != 0, want)
+    ids, table = torch.zeros(3, 70, dtype=torch.int64), torch.ones(1, 96)
+    x, _ = embedding_dropout_layer_norm(ids, table, zeros[0], *norm, **options)
+    assert torch.equal(x != 0, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_at_any_thread_count(name, isa):
+    t = typed("fp32", b=5, n=333, v=7)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(run(name, t, "fp32", 0.1, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.equal(other[key], value), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_micro_batches_give_the_batch_s_bits(name, isa):
+    t = typed("fp32", b=5, n=40)
+    batch = {"ids", "x", "branch"}
+    whole = ours(name, t, 0.1, "cpu")
+    at = 0
+    for count in (2, 1, 2):
+        part = {k: v[at : at + count] if k in batch else v for k, v in t.items()}
+        key = DropoutKey(KEY.seed, KEY.step, KEY.first_example + at)
+        for got, want in zip(ours(name, part, 0.1, "cpu", key), whole, strict=True):
+            assert torch.equal(got, want[at : at + count])
+        at += count
+
+
+def test_gelu_to_a_few_units_in_the_last_place(isa):
+    """Everywhere, the negative tail included, where 1 + erf cancels."""
+    x = torch.linspace(-12.5, 12.5, 200_001, dtype=torch.float64).float().requires_grad_()
+    wide = x.detach().double()
+    phi = torch.special.erfc(wide * -(0.5**0.5)) / 2
+    want = wide * phi
+    got = gelu_dropout(x[None], p=0.0, key=None, site=0, backend="cpu")[0]
+    spacing = torch.maximum(want.abs(), torch.tensor(2.0**-126)) * 2**-23
+    error = ((got.double() - want).abs() / spacing).max().item()
+    slope = phi + wide * torch.exp(-wide * wide / 2) / (2 * torch.pi) ** 0.5
+    got.sum().backward()
+    print(f"gelu {error:.2f} ulp, slope {(x.grad - slope).abs().max():.2e}")
+    # without fused multiply-add the far tail loses a few digits of its exponent
+    assert error < (6 if isa != "portable" else 200)
+    assert (x.grad - slope).abs().max() < 4e-7
+    special = torch.tensor([[0.0, float("inf"), float("nan"), 1e30, -1e30]])
+    out = gelu_dropout(special, p=0.0, key=None, site=0, backend="cpu")[0]
+    assert out[0] == 0 and out[1] == float("inf") and out[2].isnan() and out[3] == 1e30
+    assert abs(out[4]) < 1e-6
+
+
+@needs_library
+def test_what_the_compiled_operations_refuse():
+    t = typed("fp32", e=40)
+    with pytest.raises(RuntimeError, match="40 features are not a multiple of 32"):
+        ours("add", t, 0.1, "cpu")
+    ours("add", t, 0.1, "auto")  # falls back
+    with pytest.raises(RuntimeError, match="float64"):
+        ours("gelu", inputs(torch.float64), 0.1, "cpu")
+    t = typed("fp32")
+    for bad in (-1, len(t["words"])):
+        with pytest.raises(IndexError, match="outside the word table"):
+            ours("embedding", {**t, "ids": torch.full_like(t["ids"], bad)}, 0.1, "cpu")
+    for name in NAMES:
+        loss = ours(name, t, 0.1, "cpu")[-1].sum()
+        with pytest.raises(RuntimeError, match="twice"):
+            torch.autograd.grad(
+                loss, t["words" if name == "embedding" else "x"], create_graph=True
+            )
+
+
+@needs_library
+def test_missing_gradients_count_as_zero():
+    """The last layer's residual stream is not used, an unused norm passes nothing."""
+    for index in (0, 1):
+        t = typed("fp32")
+        ours("add", t, 0.1, "cpu")[index].square().sum().backward()
+        got = {k: t[k].grad for k in ("x", "branch")}
+        t = typed("fp32")
+        ours("add", t, 0.1, "reference")[index].square().sum().backward()
+        for key, value in got.items():
+            torch.testing.assert_close(value, t[key].grad, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+def test_non_contiguous_inputs():
+    t = typed("fp32", b=4)
+    flipped = {
+        k: v.transpose(0, 1).contiguous().transpose(0, 1) if v.ndim == 3 else v
+        for k, v in t.items()
+    }
+    for name in ("add", "gelu"):
+        for got, want in zip(
+            ours(name, flipped, 0.1, "cpu"), ours(name, t, 0.1, "cpu"), strict=True
+        ):
+            assert torch.equal(got, want)

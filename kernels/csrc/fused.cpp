@@ -1,0 +1,46 @@
+// Exports of the fused operations: they pick the kernels of the instruction set in use. kernels/fused.py calls these.
+
+#include "fused_abi.h"
+
+static SatFusedKernels kernels() {
+    switch (sat_isa()) {
+#if defined(__x86_64__) && !defined(SAT_WITHOUT_AVX512)
+        case SAT_ISA_AMX:
+        case SAT_ISA_AVX512: return sat_avx512::fused_kernels();
+#endif
+#if defined(__x86_64__) && !defined(SAT_WITHOUT_AVX2)
+        case SAT_ISA_AVX2: return sat_avx2::fused_kernels();
+#endif
+        default: return sat_portable::fused_kernels();
+    }
+}
+
+SAT_EXPORT int sat_add_norm(const SatNorm* a, const void* x, const void* branch, void* y, void* normed,
+                            float* stats) {
+    return kernels().add_norm(*a, x, branch, y, normed, stats);
+}
+
+SAT_EXPORT int sat_add_norm_backward(const SatNorm* a, const void* y, const float* stats, const void* dy,
+                                     const void* dnormed, void* dx, void* dbranch, float* pieces,
+                                     float* dparameters) {
+    return kernels().add_norm_backward(*a, y, stats, dy, dnormed, dx, dbranch, pieces, dparameters);
+}
+
+SAT_EXPORT int sat_embed_norm(const SatNorm* a, const int64_t* ids, int64_t vocabulary, const void* words,
+                              const void* positions, void* x, void* normed, float* stats) {
+    for (int64_t row = 0; row < a->rows; ++row)
+        if (ids[row] < 0 || ids[row] >= vocabulary) return SAT_ID_OUT_OF_RANGE;
+    return kernels().embed_norm(*a, ids, words, positions, x, normed, stats);
+}
+
+SAT_EXPORT int sat_embed_norm_backward(const SatNorm* a, const int64_t* ids, int64_t vocabulary, const void* x,
+                                       const float* stats, const void* dx, const void* dnormed, float* dsum,
+                                       float* pieces, float* dparameters, float* dwords, float* dpositions) {
+    return kernels().embed_norm_backward(*a, ids, x, stats, dx, dnormed, dsum, pieces, dparameters, vocabulary,
+                                         dwords, dpositions);
+}
+
+// grad null: out = dropout(gelu(x)); else out = grad times its derivative.
+SAT_EXPORT int sat_gelu(const SatGelu* a, const void* x, const void* grad, void* out) {
+    return kernels().gelu(*a, x, grad, out);
+}

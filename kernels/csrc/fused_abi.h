@@ -1,0 +1,60 @@
+// What fused.cpp (exports, choice of the instruction set) and fused.h (the kernels) share.
+#pragma once
+
+#include "abi.h"
+
+enum {
+    SAT_PIECE = 256,              // tokens whose parameter gradients are summed in one go
+    SAT_MAX_FEATURES = 4096,      // a row is buffered on the stack
+    SAT_ID_OUT_OF_RANGE = 100,    // status: a token id beyond the word table
+};
+
+// Types of (residual stream, branch, norm's output).
+enum SatTypes { SAT_ALL_FLOAT = 0, SAT_FLOAT_STREAM = 1, SAT_ALL_BFLOAT = 2 };
+
+static inline int64_t sat_pieces(int64_t rows) { return (rows + SAT_PIECE - 1) / SAT_PIECE; }
+
+// One call on rows = examples * length tokens of `features` values.
+struct SatNorm {
+    int64_t rows, length, features;
+    int types;
+    const float *weight, *bias;    // of the norm; bias may be null in the backward pass
+    float eps;
+    uint32_t threshold;    // 0: no dropout
+    float scale;
+    uint64_t site_key;
+    int64_t first_example;
+    int threads;
+};
+
+struct SatGelu {
+    int64_t examples, size;    // size: elements of an example
+    int type;
+    uint32_t threshold;
+    float scale;
+    uint64_t site_key;
+    int64_t first_example;
+    int threads;
+};
+
+struct SatFusedKernels {
+    int (*add_norm)(const SatNorm&, const void* x, const void* branch, void* y, void* normed, float* stats);
+    int (*add_norm_backward)(const SatNorm&, const void* y, const float* stats, const void* dy, const void* dnormed,
+                             void* dx, void* dbranch, float* pieces, float* dparameters);
+    int (*embed_norm)(const SatNorm&, const int64_t* ids, const void* words, const void* positions, void* x,
+                      void* normed, float* stats);
+    int (*embed_norm_backward)(const SatNorm&, const int64_t* ids, const void* x, const float* stats, const void* dx,
+                               const void* dnormed, float* dsum, float* pieces, float* dparameters,
+                               int64_t vocabulary, float* dwords, float* dpositions);
+    int (*gelu)(const SatGelu&, const void* x, const void* grad, void* out);
+};
+
+namespace sat_portable {
+SatFusedKernels fused_kernels();
+}
+namespace sat_avx2 {
+SatFusedKernels fused_kernels();
+}
+namespace sat_avx512 {
+SatFusedKernels fused_kernels();
+}

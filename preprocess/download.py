@@ -34,6 +34,8 @@ from preprocess.sources import archive_members
 
 CHECKSUMS = Path(__file__).with_name("checksums.txt")
 CHUNK = 1 << 20
+# a read waits until this much has come: what a stalled connection had sent of it is lost
+NETWORK_CHUNK = 16 << 10
 # kept free beside what is written: a full disk harms everything else that runs
 DISK_MARGIN = 256 << 20
 LRA_RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
@@ -88,6 +90,10 @@ class _Retry(Exception):
     """A fault that may pass: the message says what happened."""
 
 
+class _NoConnection(_Retry):
+    """The server could not be reached at all."""
+
+
 def read_checksums(path: Path) -> dict[str, tuple[str, int]]:
     """URL -> (SHA-256 in lower case, size in bytes); # starts a comment line."""
     known = {}
@@ -124,7 +130,8 @@ def download(
         sha256: expected digest in hex; None: not checked.
         size: expected bytes; None: only the server's own word is checked.
         timeout: seconds without a connection or without a byte that count as a stall.
-        retries: attempts in a row without a new byte before giving up.
+        retries: attempts in a row without a new byte before giving up; at most one if the server
+            was never reached in this call, as without a network nothing passes by waiting.
         backoff: seconds before the first of those attempts, doubled each time, at most 60.
     Returns: SHA-256 of the file.
     Raises: ValueError or OSError with one sentence on what is wrong and what to do; the part that
@@ -137,7 +144,7 @@ def download(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another download is writing {part}: wait for it") from None
-        fruitless = 0
+        fruitless, reached = 0, False
         while True:
             before = file.tell()
             try:
@@ -145,7 +152,8 @@ def download(
                 break
             except _Retry as fault:
                 fruitless = 0 if file.tell() > before else fruitless + 1
-                if fruitless > retries:
+                reached = reached or not isinstance(fault, _NoConnection)
+                if fruitless > (retries if reached else min(retries, 1)):
                     raise ValueError(
                         f"giving up on {url} after {fruitless} attempts: {fault}; "
                         f"{_bytes(file.tell())} are kept, the same command continues there"
@@ -194,7 +202,7 @@ def _fetch(url, file, part, size, timeout, notify) -> None:
     except requests.exceptions.SSLError as error:
         raise ValueError(f"the certificate of {_host(url)} is not accepted: {error}") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise _Retry(f"no connection to {_host(url)} ({_cause(error)})") from None
+        raise _NoConnection(f"no connection to {_host(url)} ({_cause(error)})") from None
 
     with response:
         status = response.status_code
@@ -243,7 +251,7 @@ def _fetch(url, file, part, size, timeout, notify) -> None:
 def _copy(response, file, bar, timeout, url) -> None:
     """Body to file. `raw`: requests itself would unpack a .gz sent with Content-Encoding."""
     try:
-        while chunk := response.raw.read(CHUNK, decode_content=False):
+        while chunk := response.raw.read(NETWORK_CHUNK, decode_content=False):
             file.write(chunk)
             bar.update(len(chunk))
     except (urllib3.exceptions.ReadTimeoutError, TimeoutError):

@@ -199,9 +199,11 @@ def test_previous_checkpoint_is_kept_and_used(tmp_path):
     said = []
     assert_same(load_last_checkpoint(path, said.append), make_state(20))
     assert len(said) == 1 and "Going back to sat.last.previous.model" in said[0]
-    # The good one has taken the damaged one's place: a later save cannot push it out.
-    assert_same(load_checkpoint(path), make_state(20))
-    assert (tmp_path / "sat.last.damaged.model").exists()
+    # The next save replaces the damaged file and does not push the good one out.
+    save_checkpoint(path, make_state(21), keep_previous=True)
+    assert [load_checkpoint(p).step for p in (path, previous_path(path))] == [21, 20]
+    save_checkpoint(path, make_state(22), keep_previous=True)
+    assert [load_checkpoint(p).step for p in (path, previous_path(path))] == [22, 21]
 
 
 def test_resume_without_a_good_previous_one_reports_the_last(tmp_path):

@@ -133,8 +133,8 @@ def previous_path(path: Path) -> Path:
 def save_checkpoint(path: str | Path, state: TrainState, *, keep_previous: bool = False) -> None:
     """Write `state` to `path`, all or nothing; tensors are streamed from where they are, uncopied.
 
-    With keep_previous the checkpoint that `path` held stays as `previous_path(path)`. Temporary
-    files that killed runs left for this path are removed.
+    With keep_previous the checkpoint that `path` held, if it is whole, stays as
+    `previous_path(path)`. Temporary files that killed runs left for this path are removed.
 
     Raises: CheckpointError if the disk is full, the folder is not writable, ...; `path` then stays
         as it was.
@@ -148,7 +148,7 @@ def save_checkpoint(path: str | Path, state: TrainState, *, keep_previous: bool 
     if state.training is not None:
         content["training"] = state.training
     _require_plain(content, "state")
-    _replace_file(
+    replace_file(
         path,
         lambda sink: torch.save(content, sink),  # type: ignore[arg-type]
         previous=previous_path(path) if keep_previous else None,
@@ -162,7 +162,7 @@ def save_masks(path: str | Path, block_masks: torch.Tensor) -> None:
     Raises: CheckpointError as `save_checkpoint`.
     """
     masks = block_masks.detach().to("cpu", torch.float32)[None].clone()
-    _replace_file(Path(path), lambda sink: sink.write(pickle.dumps(masks, protocol=4)))
+    replace_file(Path(path), lambda sink: sink.write(pickle.dumps(masks, protocol=4)))
 
 
 def remove_stale_temporaries(path: str | Path) -> None:
@@ -206,7 +206,13 @@ class _Sink:
         pass  # nothing is buffered here
 
 
-def _replace_file(path: Path, write: Callable[[_Sink], Any], previous: Path | None = None) -> None:
+def replace_file(path: Path, write: Callable[[_Sink], Any], previous: Path | None = None) -> None:
+    """Have `write` produce a file that takes the place of `path` at once, or not at all.
+
+    write: is given an object with a method write(bytes).
+    previous: where the whole checkpoint that `path` was stays.
+    Raises: CheckpointError if the disk is full, the folder is not writable, ...
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.saving")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +226,8 @@ def _replace_file(path: Path, write: Callable[[_Sink], Any], previous: Path | No
             if sink.error is not None:
                 raise sink.error
             os.fsync(descriptor)
-            if previous is not None and path.exists():
+            # a damaged file must not push out the good one before it
+            if previous is not None and path.exists() and _is_whole(path):
                 _keep_as(path, previous)
             os.replace(temporary, path)
         except BaseException:
@@ -251,6 +258,15 @@ def _keep_as(path: Path, previous: Path) -> None:
     finally:
         # A rename onto another name of the same file does nothing and leaves both names.
         link.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            _verify_checksums(file)
+        return True
+    except Exception:  # a damaged zip can raise almost anything
+        return False
 
 
 def _sync_folder(folder: Path) -> None:
@@ -323,8 +339,7 @@ def load_checkpoint(path: str | Path, masks_path: str | Path | None = None) -> T
 def load_last_checkpoint(path: str | Path, notify: Callable[[str], None] = print) -> TrainState:
     """Read `path` for a resume; if it is damaged or absent, go back to the checkpoint before it.
 
-    Going back is said through `notify`, the damaged file is set aside as `*.damaged.model` and the
-    good one takes its name, so that the next save cannot push the only good file out.
+    Going back is said through `notify`. Nothing is written: several processes may do this at once.
 
     Raises: CheckpointError about `path` if there is no good one before it.
     """
@@ -338,10 +353,6 @@ def load_last_checkpoint(path: str | Path, notify: Callable[[str], None] = print
         except CheckpointError:
             raise error from None
         notify(f"{error}. Going back to {previous.name}, saved after step {state.step}")
-        if path.exists():
-            os.replace(path, path.with_name(path.name.removesuffix(".model") + ".damaged.model"))
-        os.replace(previous, path)
-        _sync_folder(path.parent)
         return state
 
 

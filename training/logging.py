@@ -14,6 +14,8 @@ import types
 from pathlib import Path
 from typing import Any, TextIO
 
+from training.checkpoint import replace_file
+
 
 class NullLog:
     """Says nothing and writes nothing."""
@@ -33,8 +35,12 @@ class NullLog:
     def progress(self, step: int, text: str) -> None:
         """Moves the progress bar to `step` completed steps."""
 
-    def sync(self) -> None:
-        """Puts everything on disk, so that no checkpoint is ahead of its metrics."""
+    def sync(self) -> dict[str, int]:
+        """Puts everything on disk, so that no checkpoint is ahead of its metrics.
+
+        Returns: `resume_position` for a run that goes on from here.
+        """
+        return {}
 
     def close(self) -> None:
         """Flushes and closes everything."""
@@ -46,9 +52,10 @@ class RunLog(NullLog):
     Args:
         log_path: text log, appended to.
         metrics_path, tensorboard_dir: None in evaluation, which leaves those of the training run
-        alone. total_steps, first_step: of the progress bar, shown on a terminal only; total_steps
-        0: no bar. resume_step: completed steps of the checkpoint a run goes on from; what was
-        recorded beyond it is dropped.
+        alone.
+        total_steps: of the progress bar, shown on a terminal only; 0: no bar.
+        resume_step, resume_position: completed steps of the checkpoint a run goes on from, and
+        what `sync` returned for it; what was recorded beyond them is dropped.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class RunLog(NullLog):
         tensorboard_dir: Path | None = None,
         total_steps: int = 0,
         resume_step: int | None = None,
+        resume_position: dict[str, int] | None = None,
     ) -> None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log = open(log_path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
@@ -76,7 +84,13 @@ class RunLog(NullLog):
             self._metrics = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = None
         if tensorboard_dir is not None:
-            self._tensorboard = _summary_writer(tensorboard_dir, resume_step)
+            purge = None
+            if resume_step is not None:
+                drop_curves_beyond(tensorboard_dir, resume_position or {})
+                purge = resume_step + 1  # for a tensorboard that has read what was dropped
+            self._tensorboard = import_tensorboard().SummaryWriter(
+                str(tensorboard_dir), purge_step=purge
+            )
         self._bar = None
         if total_steps and sys.stderr.isatty():
             from tqdm import tqdm
@@ -119,11 +133,15 @@ class RunLog(NullLog):
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
 
-    def sync(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+    def sync(self) -> dict[str, int]:
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
+        position = {}
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+            for path in _curve_files(Path(self._tensorboard.log_dir)):
+                position[path.name] = path.stat().st_size
+        return position
 
     def close(self) -> None:
         if self._bar is not None:
@@ -135,14 +153,14 @@ class RunLog(NullLog):
         self._log.close()
 
 
-def _summary_writer(folder: Path, resume_step: int | None):
+def import_tensorboard() -> Any:
+    """torch.utils.tensorboard, without what it does not need."""
     # tensorboard looks for this module first and, if it is there, leaves tensorflow alone:
     # importing tensorflow takes seconds and hundreds of MB that training has no use for
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
-    from torch.utils.tensorboard import SummaryWriter
+    import torch.utils.tensorboard
 
-    purge = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(folder), purge_step=purge)
+    return torch.utils.tensorboard
 
 
 def drop_events_beyond(path: Path, step: int) -> None:
@@ -162,21 +180,28 @@ def drop_events_beyond(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
+def drop_curves_beyond(folder: Path, position: dict[str, int]) -> None:
+    """Cuts TensorBoard's files back to their sizes in `position` and removes those not in it.
+
+    Its own purge_step cannot do this: it goes by step numbers, and the published val/ curves are
+    numbered from 0, so that val/ of the first step to be repeated and train/ of the last step to
+    be kept have the same number.
+    """
+    for path in _curve_files(folder):
+        if path.name not in position:
+            path.unlink()
+        elif path.stat().st_size > position[path.name]:
+            os.truncate(path, position[path.name])
+
+
+def _curve_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a file by `text` at once: a reader sees the old or the new file, never half of
     one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    replace_file(path, lambda sink: sink.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -329,9 +329,9 @@ def save_last(run: Run) -> None:
     for all."""
     if not run.world.is_main or run.paths is None:
         return
-    run.log.sync()
     state = best_state(run)
     state.training = {
+        "log": run.log.sync(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "criterion": run.criterion.state_dict() if run.phase == "dense" else None,

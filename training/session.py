@@ -145,15 +145,17 @@ def train_run(
     )
     log = NullLog()
     if world.is_main and not args.dry_run:
-        resume_step = None
+        resume_step = resume_position = None
         if args.resume:
             resume_step = state.step if state is not None else -1
+            resume_position = (state.training or {})["log"] if state is not None else None
         log = RunLog(
             paths.log,
             metrics_path=paths.metrics,
             tensorboard_dir=paths.tensorboard,
             total_steps=config.training.num_train_steps,
             resume_step=resume_step,
+            resume_position=resume_position,
         )
     run = Run(
         config=config,

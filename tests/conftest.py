@@ -16,3 +16,17 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.fail(f"SAT_TEST_DATA={folder} is not a folder")
     return path
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where the real data is there, a test that reads it must not skip for another reason."""
+    outcome = yield
+    report = outcome.get_result()
+    if (
+        report.skipped
+        and os.environ.get("SAT_TEST_DATA")
+        and "shared_data" in getattr(item, "fixturenames", ())
+    ):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although SAT_TEST_DATA is set: {report.longrepr}"

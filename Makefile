@@ -1,0 +1,68 @@
+# make demo and make test work on a bare machine with Python 3.10 or newer: each makes a virtual environment (.venv), installs
+# what it needs and goes on. PYTHON=/path/to/python uses an existing environment as it is.
+
+SHELL := /bin/sh
+VENV := .venv
+
+ifdef PYTHON
+PY := $(PYTHON)
+train-env dev-env:
+	@$(PY) -c "import torch" 2>/dev/null || { echo "error: $(PY) has no torch; install requirements-train.txt there or leave PYTHON out"; exit 2; }
+else
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# the stamps hold what was installed: a changed file installs again
+train-env: $(VENV)/train.stamp
+dev-env: $(VENV)/dev.stamp
+
+$(PY):
+	@command -v python3 >/dev/null || { echo "error: python3 is missing; install Python 3.10 or newer"; exit 2; }
+	@python3 -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "error: python3 is older than 3.10"; exit 2; }
+	@python3 -c "import venv, ensurepip" 2>/dev/null || { echo "error: python3 cannot make virtual environments; install the package python3-venv"; exit 2; }
+	@python3 -m venv $(VENV)
+
+$(VENV)/train.stamp: requirements-train.txt constraints.txt | $(PY)
+	@echo "installing requirements-train.txt into $(VENV)"
+	@$(PIP) -r requirements-train.txt && touch $@
+
+$(VENV)/dev.stamp: requirements.txt requirements-train.txt requirements-dev.txt constraints.txt | $(PY)
+	@echo "installing requirements-dev.txt into $(VENV) (TensorFlow Datasets included: the data scripts are tested with it)"
+	@$(PIP) -r requirements-dev.txt && touch $@
+endif
+
+.PHONY: demo test test-slow test-gpu lint types bench bench-gpu kernels help train-env dev-env
+
+help:
+	@echo "make demo       train on ListOps made on the spot, in minutes, and evaluate"
+	@echo "make test       the tests; make test-slow: the long ones too; make lint, make types"
+	@echo "make bench      benchmarks on this machine"
+	@echo "make test-gpu, make bench-gpu: the same on a CUDA device"
+
+# without a compiler everything still runs, on the backend "reference"; compile.sh says so itself
+kernels:
+	@PYTHON=$(PY) sh compile.sh || true
+
+demo: train-env kernels
+	@PYTHON=$(PY) sh experiments/demo.sh
+
+test: dev-env kernels
+	@$(PY) -m pytest -q
+
+test-slow: dev-env kernels
+	@$(PY) -m pytest -q -m "not gpu"
+
+test-gpu: train-env kernels
+	@$(PY) -m pytest -q -m gpu
+
+lint: dev-env
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+types: dev-env
+	@$(PY) -m mypy
+
+bench: train-env kernels
+	@$(PY) benchmarks/attention.py
+
+bench-gpu: train-env kernels
+	@$(PY) benchmarks/attention.py --device cuda

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 TAR_BLOCK = 512
+DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
 class _WatchedStream(io.RawIOBase):
@@ -31,6 +32,36 @@ class _WatchedStream(io.RawIOBase):
         return data
 
 
+class _Member(io.RawIOBase):
+    """A file in an archive whose reader gets ValueError, as from `archive_members`, for damage."""
+
+    def __init__(self, file: BinaryIO, archive: Path, name: str):
+        self.file, self.archive, self.name = file, archive, name
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self._read(-1)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self.file.read(size)
+        except DAMAGE as error:
+            raise _damaged(self.archive, f"in {self.name}", error) from error
+
+
+def _damaged(archive: Path, where: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{archive} is cut off, damaged or not a tar archive ({where}: {error}): get it again"
+    )
+
+
 def is_archive(path: Path) -> bool:
     """Whether a file starts like gzip or tar (the LRA release is a tar that ends in .gz)."""
     with open(path, "rb") as file:
@@ -46,7 +77,7 @@ def archive_members(path: Path) -> Iterator[tuple[str, int, BinaryIO]]:
 
     Raises: ValueError naming the archive if it is cut off, damaged or no tar archive.
     """
-    name = None
+    where = "at its start"
     try:
         with open(path, "rb") as file:
             head = file.read(2)
@@ -58,19 +89,17 @@ def archive_members(path: Path) -> Iterator[tuple[str, int, BinaryIO]]:
                     # tarfile keeps every header it has seen: 600,000 pictures would take 500 MB
                     archive.members = []
                     if member.isreg():
-                        name = member.name
+                        where = f"after {member.name}"
                         extracted = archive.extractfile(member)
                         assert extracted is not None
-                        yield member.name, member.size, extracted
+                        raw = _Member(extracted, path, member.name)
+                        yield member.name, member.size, io.BufferedReader(raw)
                 while stream.read(1 << 20):
                     pass
             if stream.tail.strip(b"\0"):
                 raise EOFError("no end-of-archive mark")
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        where = f"after {name}" if name else "at its start"
-        raise ValueError(
-            f"{path} is cut off, damaged or not a tar archive ({where}: {error}): get it again"
-        ) from error
+    except DAMAGE as error:
+        raise _damaged(path, where, error) from error
 
 
 def split_files(

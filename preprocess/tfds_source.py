@@ -75,19 +75,23 @@ def read(
         ) from error
     # reading data must not take a GPU's memory from somebody's training
     tf.config.set_visible_devices([], "GPU")
+    # tfds, tensorflow and protobuf raise exceptions of many kinds for one thing: a damaged folder
     try:
         builder = tfds.builder_from_directory(str(folder))
-        if split not in builder.info.splits:
-            raise ValueError(f"{folder} has no split {split}, only {sorted(builder.info.splits)}")
-        for key in keys:
-            if key not in builder.info.features:
-                raise ValueError(f"{folder} has no feature {key}")
-        for key, names in labels.items():
-            found = builder.info.features[key].names
-            if list(found) != list(names):
-                raise ValueError(
-                    f"{folder} numbers its {key} {', '.join(found)}; expected {', '.join(names)}"
-                )
+    except Exception as error:
+        raise _damaged(folder, "its metadata", error) from error
+    if split not in builder.info.splits:
+        raise ValueError(f"{folder} has no split {split}, only {sorted(builder.info.splits)}")
+    for key in keys:
+        if key not in builder.info.features:
+            raise ValueError(f"{folder} has no feature {key}")
+    for key, names in labels.items():
+        found = builder.info.features[key].names
+        if list(found) != list(names):
+            raise ValueError(
+                f"{folder} numbers its {key} {', '.join(found)}; expected {', '.join(names)}"
+            )
+    try:
         data = builder.as_dataset(
             split=split,
             shuffle_files=False,
@@ -99,6 +103,10 @@ def read(
             columns = [rows[key] for key in keys]
             for values in zip(*columns, strict=True):
                 yield dict(zip(keys, values, strict=True))
-    except (tf.errors.OpError, OSError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{folder} is damaged or incomplete ({split}: {reason})") from error
+    except Exception as error:
+        raise _damaged(folder, split, error) from error
+
+
+def _damaged(folder: Path, what: str, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{folder} is damaged or incomplete ({what}: {reason})")

@@ -1,0 +1,70 @@
+"""Helpers for the tests of the create scripts."""
+
+import collections
+import io
+import pickle
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from preprocess import writer
+
+
+def run(function, *options) -> int:
+    """The exit code of a create script's body with these options on its command line."""
+    saved = sys.argv
+    sys.argv = ["create", *map(str, options)]
+    try:
+        return writer.main(function)
+    finally:
+        sys.argv = saved
+
+
+def examples(output_dir: Path, task: str, split: str) -> collections.Counter:
+    """The multiset of (ids..., label) of a pickle, after checking that it is what the original
+    code reads: a list of dicts of int32 arrays and a NumPy label."""
+    with open(output_dir / f"{task}.{split}.pickle", "rb") as file:
+        rows = pickle.load(file)
+    assert type(rows) is list
+    found: collections.Counter = collections.Counter()
+    for row in rows:
+        label = row.pop("label")
+        assert isinstance(label, np.integer)
+        ids = [row[key] for key in sorted(row)]
+        assert all(type(i) is np.ndarray and i.dtype == np.int32 and i.ndim == 1 for i in ids)
+        found[(*(tuple(i.tolist()) for i in ids), int(label))] += 1
+    return found
+
+
+def padded(text: bytes, cut: int, length: int) -> tuple[int, ...]:
+    """The byte encoding said again: each of the first `cut` bytes plus one, zeros behind."""
+    ids = [byte + 1 for byte in text[:cut]]
+    return (*ids, *[0] * (length - len(ids)))
+
+
+def tar(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
+    """An archive of these files, in their order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def lay_out(folder: Path, files: dict[str, bytes]) -> None:
+    """These files below a folder."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def error_of(capsys) -> str:
+    """The one sentence on stderr."""
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err

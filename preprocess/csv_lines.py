@@ -14,14 +14,10 @@ def lines(file: BinaryIO, where: str) -> Iterator[str]:
 
     Raises: ValueError for a line of more than a million bytes.
     """
-    text = io.TextIOWrapper(file, encoding="latin-1", newline=None)
-    try:
-        number = 0
-        while line := text.readline(LONGEST_LINE):
-            number += 1
-            if len(line) == LONGEST_LINE and line[-1] != "\n":
-                raise ValueError(f"{where}, line {number}: longer than {LONGEST_LINE:,} bytes")
-            yield line
-    finally:
-        # the wrapper would close the file on its way out
-        text.detach()
+    text = io.TextIOWrapper(file, encoding="latin-1", newline=None)  # closes `file` at its end
+    number = 0
+    while line := text.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE and line[-1] != "\n":
+            raise ValueError(f"{where}, line {number}: longer than {LONGEST_LINE:,} bytes")
+        yield line

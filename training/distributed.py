@@ -52,6 +52,11 @@ class World:
             dist.broadcast(tensor, 0)
         return tensor
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()

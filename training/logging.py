@@ -17,6 +17,13 @@ from typing import Any, TextIO
 from training.checkpoint import replace_file
 
 
+def say(text: str) -> None:
+    """Prints a line. A closed terminal or pipe must not end training, whose log file has every
+    line."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)
+
+
 class NullLog:
     """Says nothing and writes nothing."""
 
@@ -104,12 +111,11 @@ class RunLog(NullLog):
             )
 
     def line(self, text: str = "") -> None:
-        # a closed terminal or pipe must not end training; the log file has every line
-        with contextlib.suppress(BrokenPipeError):
-            if self._bar is not None:
+        if self._bar is not None:
+            with contextlib.suppress(BrokenPipeError):
                 self._bar.write(text, file=sys.stdout)
-            else:
-                print(text, flush=True)
+        else:
+            say(text)
         self._log.write(text + "\n")
         self._log.flush()
 

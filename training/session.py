@@ -38,7 +38,7 @@ from training.dataset import Dataset, open_dataset
 from training.distributed import World, join_world
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopSignal
-from training.logging import NullLog, RunLog
+from training.logging import NullLog, RunLog, say
 from training.loop import Run, RunOptions, TrainingFailed
 from training.transition import TransitionCriterion
 
@@ -125,6 +125,7 @@ def train_run(
         datasets = (train_data, dev_data)
         check_writable(paths.output_dir)
     world = join_world(launch.rank, launch.size, device)
+    world.wait()  # all have looked for an earlier run before the first file of this one is there
     micro = args.micro_batch_size or stored.get("micro_batch_size")
     if micro is None or micro == "auto":
         micro = stored.get("micro_batch_size") or memory.auto_micro_batch(
@@ -205,6 +206,7 @@ def _train_and_test(run: Run, test_data: Dataset) -> int:
         return run.stop.exit_code(run.stop.received or run.stop.default)
     if outcome == "stopped":
         return 0
+    run.world.wait()  # the first process has written the best model
     state = load_checkpoint(run.paths.model)
     model = model_of(state, run.config, run.model.backend, run.device)
     result, seconds = timed_test(
@@ -612,7 +614,7 @@ def open_split(
         num_inputs=model.num_inputs,
         expected_size=task_dict["dataset"][split],
         # at once, not with the log's first lines: converting a large pickle takes a while
-        notify=print if launch.rank == 0 else lambda text: None,
+        notify=say if launch.rank == 0 else lambda text: None,
     )
 
 

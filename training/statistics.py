@@ -46,7 +46,7 @@ def skewness(values: Tensor) -> Tensor:
     """mean(((x - mean) / std)^3) over all elements, population std; NaN if all elements are equal.
 
     Returns: float64 scalar on the device of `values`.
-    Source: docs/semantics.md, "Transition".
+    Source: docs/semantics.md, "Transition criterion".
     """
     flat = values.reshape(-1)
     mean = flat.sum(dtype=torch.float64) / flat.numel()
@@ -67,7 +67,7 @@ def skewness(values: Tensor) -> Tensor:
 def frobenius_distance(values: Tensor, previous: Tensor) -> Tensor:
     """sqrt(sum((x - y)^2)) over all elements, a float64 scalar on their device.
 
-    Source: docs/semantics.md, "Transition".
+    Source: docs/semantics.md, "Transition criterion".
     """
     total = torch.zeros((), dtype=torch.float64, device=values.device)
     for part, old in zip(

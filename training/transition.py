@@ -5,7 +5,7 @@ norm of A_l(t) - A_l(t-1), and change_l = |dist_l(t) - dist_l(t-1)| / dist_l(t-1
 rule fires when every layer has skew_l >= skewness and change_l < distance on the same step
 ("settled": the paper and the reference's code), or change_l > distance ("shifting": how one of the
 reference's notes words it).
-Source: docs/semantics.md, "Transition".
+Source: docs/semantics.md, "Transition criterion".
 """
 
 from __future__ import annotations

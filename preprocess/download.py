@@ -59,6 +59,9 @@ class Download:
 
 
 DOWNLOADS = {
+    "lra-image": Download(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "cifar-10-binary.tar.gz"
+    ),
     "lra-listops": Download(
         LRA_RELEASE,
         "lra_release.gz",

@@ -262,7 +262,7 @@ def test_stop_after_is_a_prefix(fresh, capsys):
     assert "Evaluation Results" not in output
     command = re.search(r"go on with: python main_learnable_skewness.py (.*)", output).group(1)
     assert command.endswith("--resume")
-    # its own --stop_after is behind it: the printed command goes on to the end
+    assert "--stop_after" not in command  # the printed command goes on to the end
     assert main_learnable_skewness.main(command.split()) == 0
     assert "resumed at step 12" in capsys.readouterr().out
     whole = fresh.parent / "whole"

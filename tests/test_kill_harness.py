@@ -9,6 +9,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch
 from preprocess import writer
 from training import logging
 from training.checkpoint import RunPaths, load_checkpoint, load_masks
+from training.interrupt import StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK, STEPS, LENGTH = "lra-listops", 60, 64
@@ -167,6 +169,10 @@ def events(paths):
     return [json.loads(line) for line in lines[:-1]]
 
 
+def records(paths):
+    return paths.metrics.read_bytes().count(b"\n") if paths.metrics.exists() else 0
+
+
 def train_steps(paths):
     return [event["step"] for event in events(paths) if event["event"] == "train"]
 
@@ -261,13 +267,100 @@ def test_kill_and_sigterm_change_nothing(server, data_dir, tmp_path, transition)
     assert_same_results(results(tmp_path / "parts"), results(tmp_path / "whole"))
 
 
+def test_a_second_signal_exits_at_once(server, data_dir, tmp_path):
+    paths = RunPaths(tmp_path, 0, TASK, "sat")
+    process = start_until(server, arguments(data_dir, tmp_path), paths, 3)
+    os.kill(process, signal.SIGSTOP)  # so that both find it in the same step
+    os.kill(process, signal.SIGINT)
+    os.kill(process, signal.SIGTERM)
+    os.kill(process, signal.SIGCONT)
+    assert server.finish() in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert "stopped by" not in server.output.read_text()  # it did not take the time to save
+
+
+def test_once_all_is_saved_the_first_signal_exits():
+    child = os.fork()
+    if child == 0:
+        stop = StopSignal()
+        stop.install()
+        stop.all_saved()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_patience_that_ran_out_stays_so(server, data_dir, tmp_path):
+    """Resuming a run that patience has ended does not train on."""
+    more = ["--train_steps", "300", "--patience", "2", "--set", "training.save_seconds=1000"]
+    command = arguments(data_dir, tmp_path, *more)
+    server.run(command)
+    paths = RunPaths(tmp_path, 0, TASK, "sat")
+    before = without_measurements(events(paths))
+    assert 100 < max(train_steps(paths)) < 300
+    server.run([*arguments(data_dir, tmp_path, "--train_steps", "300"), "--resume"])
+    assert without_measurements(events(paths)) == before
+    assert "(--patience)" in server.output.read_text()
+
+
+def test_stop_after_and_its_resume(server, data_dir, tmp_path):
+    server.run([*arguments(data_dir, tmp_path), "--stop_after", "5"])
+    paths = RunPaths(tmp_path, 0, TASK, "sat")
+    assert train_steps(paths) == [1, 2, 3, 4, 5]
+    hint = server.output.read_text().strip().splitlines()[-1]
+    assert hint.startswith("--stop_after reached after step 5; go on with: python main_learnable")
+    assert hint.endswith("--resume") and hint.count("--stop_after") == 1
+    server.start([*arguments(data_dir, tmp_path), "--resume", "--stop_after", "5"])
+    assert server.finish() == 2
+    assert "the run has 5 completed steps already" in server.output.read_text()
+    server.run([*arguments(data_dir, tmp_path), "--resume", "--stop_after", "8"])
+    assert train_steps(paths) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("kilobytes", [4, 8, 12, 16, 20, 200, 300])
+@pytest.mark.parametrize("save_seconds", [1e-6, 1000])
+def test_full_disk_ends_in_one_sentence(server, data_dir, small_disk, kilobytes, save_seconds):
+    folder = small_disk(kilobytes)
+    settings = (f"training.save_seconds={save_seconds}", "training.eval_frequency=99")
+    more = [word for setting in settings for word in ("--set", setting)]
+    server.start(arguments(data_dir, folder, *more))
+    code = server.finish()
+    output = server.output.read_text()
+    assert code in (1, 2) and "Traceback" not in output, output
+    last_line = output.strip().splitlines()[-1]
+    assert last_line.startswith("error: ") and "No space left on device" in last_line
+    assert not [p for p in folder.rglob("*") if p.name.endswith(".saving")]
+    last = RunPaths(folder, 0, TASK, "sat").last
+    if last.exists():
+        load_checkpoint(last)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many kilobytes and returns its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def make(kilobytes):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "sat-test", str(folder)]
+        if (
+            shutil.which("mount") is None
+            or subprocess.run(command, capture_output=True).returncode
+        ):
+            pytest.skip("mounting a small tmpfs needs rights that this user or container lacks")
+        return folder
+
+    yield make
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 def start_until(server, command, paths, step):
     process = server.start(command)
     wait_for_step(paths, step)
     return process
 
 
-def kill_until_done(server, command, output_dir, rng, longest):
+def kill_until_done(server, command, output_dir, rng):
     """Kills a run at random moments until it ends by itself.
 
     Returns: for every kill whether it left a half-written checkpoint.
@@ -279,8 +372,13 @@ def kill_until_done(server, command, output_dir, rng, longest):
         step = load_checkpoint(paths.last).step if paths.last.exists() else None
         position = len(log_tail(paths, 0))
         process = server.start([*command, "--resume"] if inside else command)
-        time.sleep(rng.uniform(0, longest))
         with contextlib.suppress(ProcessLookupError):  # it was done before
+            # any place within the next steps, and any moment within a step and its save
+            steps = rng.randrange(0, 15)
+            while records(paths) < len(before) + steps:
+                os.kill(process, 0)
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.2 if steps == 0 else 0.05))
             os.kill(process, signal.SIGKILL)
         code = server.finish()
         # What was done before the last completed save is never done again: not a byte of its
@@ -311,10 +409,8 @@ def kill_until_done(server, command, output_dir, rng, longest):
 
 
 def kill_often(server, data_dir, tmp_path, kills):
-    begin = time.monotonic()
     options = ["--max_dense_steps", "25"]
     server.run(arguments(data_dir, tmp_path / "whole", *options))
-    longest = 0.75 * (time.monotonic() - begin)
     expected = results(tmp_path / "whole")
     assert expected["last"]["phase"] == "sparse" and expected["last"]["step"] == STEPS
     rng = random.Random(0)
@@ -322,7 +418,7 @@ def kill_often(server, data_dir, tmp_path, kills):
     while len(inside) < kills:
         output_dir = tmp_path / f"killed{runs}"
         command = arguments(data_dir, output_dir, *options)
-        inside += kill_until_done(server, command, output_dir, rng, longest)
+        inside += kill_until_done(server, command, output_dir, rng)
         assert_same_results(results(output_dir), expected)
         left = [p for p in output_dir.rglob("*") if p.name.endswith((".saving", ".tmp"))]
         assert left == []

@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM: the first one ends the run after the current step, a second one at once."""
+"""SIGINT and SIGTERM: the first one ends the run after the current step, a second one at once;
+once all is saved already the first."""
 
 from __future__ import annotations
 
@@ -13,14 +14,19 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = 0
+        self._all_saved = False
 
     def install(self) -> None:
         """Takes over SIGINT and SIGTERM."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
+    def all_saved(self) -> None:
+        """From now on there is nothing to finish: a signal ends the process at once."""
+        self._all_saved = True
+
     def _handle(self, number: int, frame) -> None:
-        if self.received:
+        if self.received or self._all_saved:
             os._exit(self.exit_code(number))
         self.received = int(number)
         name = self.name_of(number)

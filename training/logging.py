@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any, TextIO
@@ -150,15 +152,14 @@ class RunLog(NullLog):
         return position
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._metrics is not None:
-            self._metrics.close()
-        self._log.close()
+        for sink in (self._bar, self._tensorboard, self._metrics, self._log):
+            # what is on a full disk's wrong side has been reported when it was written
+            with contextlib.suppress(OSError):
+                if sink is not None:
+                    sink.close()
 
 
+@functools.cache
 def import_tensorboard() -> Any:
     """torch.utils.tensorboard, without what it does not need."""
     # tensorboard looks for this module first and, if it is there, leaves tensorflow alone:
@@ -166,6 +167,14 @@ def import_tensorboard() -> Any:
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     import torch.utils.tensorboard
 
+    # Its writing thread passes an OSError on to the next call as well: once is enough.
+    report = threading.excepthook
+
+    def report_others(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_type is not OSError or "tensorboard" not in type(failure.thread).__module__:
+            report(failure)
+
+    threading.excepthook = report_others
     return torch.utils.tensorboard
 
 

@@ -117,7 +117,7 @@ def train(run: Run) -> str:
     last_save = time.monotonic()
     if run.phase == "dense" and options.max_dense_steps == run.step == 0:
         switch_to_sparse(run, "--max_dense_steps 0")
-    while run.step < config.num_train_steps:
+    while run.step < config.num_train_steps and not _out_of_patience(run):
         started = time.perf_counter()
         result = train_step(run)
         decision = decide(run) if run.phase == "dense" else None
@@ -125,17 +125,16 @@ def train(run: Run) -> str:
         run.seconds += time.perf_counter() - started
         report.step_done(run, result, decision)
 
-        finished = run.step == config.num_train_steps
-        evaluated = run.step % config.eval_frequency == 0 or finished
+        last = run.step == config.num_train_steps
+        evaluated = run.step % config.eval_frequency == 0 or last
         if evaluated:
-            evaluate_and_keep_best(run, finished)
-            if options.patience is not None and run.evaluations_since_best >= options.patience:
-                finished = True
+            evaluate_and_keep_best(run, final=last)
         switched = run.phase == "dense" and _must_switch(run, decision)
         if switched:
             assert decision is not None
             switch_to_sparse(run, decision.reason if decision.transition else "--max_dense_steps")
 
+        finished = last or _out_of_patience(run)
         cut = run.step == options.stop_after and not finished
         save_due = time.monotonic() - last_save > config.save_seconds
         if evaluated or switched or finished or cut or result.stop_signal or save_due:
@@ -372,6 +371,11 @@ def restore(run: Run, state: TrainState) -> None:
 
 
 # ---- small parts -------------------------------------------------------------------
+
+
+def _out_of_patience(run: Run) -> bool:
+    patience = run.options.patience
+    return patience is not None and run.evaluations_since_best >= patience
 
 
 def _must_switch(run: Run, decision: Decision | None) -> bool:

@@ -98,6 +98,7 @@ def resolved_settings(run: Run) -> dict[str, Any]:
         "pattern": run.options.pattern,
         "when": run.criterion.when,
         "max_dense_steps": run.options.max_dense_steps,
+        "patience": run.options.patience,
         "micro_batch_size": run.options.micro_batch_size,
         "precision": run.options.precision,
         "backend": run.model.backend,

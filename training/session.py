@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -72,6 +73,10 @@ def guarded(job: Callable[[], int]) -> int:
         return 2
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted before training had begun; nothing was written", file=sys.stderr)
@@ -138,11 +143,11 @@ def train_run(
         seed=args.random,
         pattern=pattern,
         max_dense_steps=max_dense_steps,
-        patience=args.patience,
+        patience=stored.get("patience") if args.patience is None else args.patience,
         stop_after=args.stop_after,
         micro_batch_size=micro,
         precision=precision,
-        resume_command=command if args.resume else f"{command} --resume",
+        resume_command=_resume_command(command),
     )
     log = NullLog()
     if world.is_main and not args.dry_run:
@@ -199,13 +204,21 @@ def _train_and_test(run: Run, test_data: Dataset) -> int:
         # past the checks a ValueError is our mistake, not the user's: it deserves its traceback
         raise RuntimeError(f"internal error: {error}") from error
     except OSError as error:
-        raise TrainingFailed(
-            f"writing failed at step {run.step}: {error}; the last checkpoint is {run.paths.last}"
-        ) from None
+        reason = error.strerror or error
+        last = run.paths.last
+        remark = (
+            f"the last checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        )
+        raise TrainingFailed(f"writing failed at step {run.step}: {reason}; {remark}") from None
     if outcome == "interrupted":
         return run.stop.exit_code(run.stop.received or run.stop.default)
     if outcome == "stopped":
         return 0
+    if run.stop.received:  # came too late for the loop
+        name = run.stop.name_of(run.stop.received)
+        report.resume_hint(run, f"stopped by {name}, before the test")
+        return run.stop.exit_code(run.stop.received)
+    run.stop.all_saved()
     run.world.wait()  # the first process has written the best model
     state = load_checkpoint(run.paths.model)
     model = model_of(state, run.config, run.model.backend, run.device)
@@ -249,7 +262,24 @@ def _state_to_resume(
             f"{paths.last} belongs to --random {state.training['resolved']['seed']}, not "
             f"{args.random}"
         )
+    if args.stop_after is not None and args.stop_after <= state.step:
+        raise ValueError(
+            f"--stop_after {args.stop_after}: the run has {state.step} completed steps already; "
+            f"give more or leave it out"
+        )
     return state
+
+
+def _resume_command(command: str) -> str:
+    """`command` without --stop_after, which has done its part, and with --resume."""
+    kept = []
+    words = iter(shlex.split(command))
+    for word in words:
+        if word == "--stop_after":
+            next(words)
+        elif word != "--resume" and not word.startswith("--stop_after="):
+            kept.append(word)
+    return shlex.join([*kept, "--resume"])
 
 
 def _training_config(

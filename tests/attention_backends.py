@@ -97,32 +97,71 @@ def dense_restatement(query, key, value, *args) -> Tensor:
     return dense_probs(query, key, *args) @ value
 
 
+def forward_backward(function, inputs, dout) -> list[Tensor]:
+    """Output and the gradients of `inputs`, detached."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    grads = torch.autograd.grad(out, leaves, dout.to(out.dtype))
+    return [out.detach(), *grads]
+
+
+def compare_with_float64(case: Case, function, inputs, dout, arguments, score_slack=0.0):
+    """Hold `function` of query, key, value on the case's device to `dense_restatement`.
+
+    arguments: of `dense_probs` after query and key. score_slack: see `assert_as_exact_as_torch`.
+    Returns: output and gradients of `function`, on the CPU.
+    """
+
+    def restated(*qkv):
+        return dense_restatement(*qkv, *arguments)
+
+    on_device = [x.to(case.device) for x in (*inputs, dout)]
+    ours = [x.cpu() for x in forward_backward(function, on_device[:3], on_device[3])]
+    plain = forward_backward(restated, inputs, dout)
+    doubles = [x.double() for x in (*inputs, dout)]
+    exact = forward_backward(restated, doubles[:3], doubles[3])
+
+    # dq and dk sum p * (dp - rowsum(p * dp)) times k or q: how large that is before it cancels
+    query, key, value, dout = doubles
+    scale = arguments[3]
+    probs = dense_probs(query, key, *arguments)
+    dprobs = dout @ value.mT
+    dscores = probs * (dprobs.abs() + (probs * dprobs).sum(-1, keepdim=True).abs())
+    terms = [exact[0], dscores @ key.abs() * scale, dscores.mT @ query.abs() * scale, exact[3]]
+
+    score = largest_score(query, key, scale) + score_slack
+    for what, *tensors in zip(("out", "dq", "dk", "dv"), ours, plain, exact, terms, strict=True):
+        assert_as_exact_as_torch(*tensors, score, f"{case.id} {what}")
+    return ours
+
+
 def largest_score(query: Tensor, key: Tensor, scale: float) -> float:
     return (query.double() @ key.double().mT * scale).abs().max().item()
 
 
 def assert_as_exact_as_torch(
-    ours: Tensor, plain: Tensor, exact: Tensor, score: float, what: str
+    ours: Tensor, plain: Tensor, exact: Tensor, terms: Tensor, score: float, what: str
 ) -> None:
     """Error against float64 at most twice that of plain torch in the same dtype, plus rounding.
 
-    Rounding is that of the result and, through the exponential, of scores as large as `score`: a
-    kernel that recomputes exp(score - lse) for its gradients cannot know p better than
-    score * eps. Both in the maximum, where one wrong row shows, and in the steadier mean square.
+    Rounding is that of the result, of the fp32 `terms` whose sum it is, and, through the
+    exponential, of scores as large as `score`: a kernel that recomputes exp(score - lse) for its
+    gradients cannot know p better than score * eps. Both in the maximum, where one wrong row
+    shows, and in the steadier mean square.
     """
     assert ours.dtype == plain.dtype and ours.shape == exact.shape, what
-    rounding = torch.finfo(ours.dtype).eps
+    rounding, eps = torch.finfo(ours.dtype).eps, torch.finfo(FP32).eps
     if ours.dtype == FP64:  # where plain and exact are one and the same
-        rounding *= 4 * (1 + score)
-    else:  # 16-bit inputs too are computed in fp32
-        rounding += torch.finfo(FP32).eps * score
+        rounding, eps = 4 * rounding, 4 * rounding
     for norm, measure in (
         ("max", lambda x: x.abs().max().item()),
         ("rms", lambda x: x.square().mean().sqrt().item()),
     ):
         error = measure(ours.double() - exact)
         error_of_torch = measure(plain.double() - exact)
-        bound = 2 * error_of_torch + rounding * measure(exact)
+        bound = (
+            2 * error_of_torch + (rounding + eps * score) * measure(exact) + eps * measure(terms)
+        )
         assert error <= bound, (  # written so that NaN fails
             f"{what}: {norm} error {error:.3g} exceeds {bound:.3g}, "
             f"plain torch has {error_of_torch:.3g}"

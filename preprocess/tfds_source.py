@@ -25,7 +25,7 @@ def find_prepared(name: str, tfds_dir: Path) -> Path | None:
             found = [
                 path.parent
                 for path in root.glob(pattern)
-                if name in path.parts and ".incomplete" not in str(path)
+                if name in path.parts and not path.parent.name.startswith("incomplete.")
             ]
             if found:
                 return max(found, key=lambda folder: _version(folder.name))

@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from preprocess import writer
 
@@ -68,3 +69,33 @@ def error_of(capsys) -> str:
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     return err
+
+
+def prepare_tfds(folder: Path, name: str, features: dict, splits: dict[str, list[dict]]) -> None:
+    """A prepared TFDS folder of data set `name` with these rows, written by TFDS itself.
+
+    features: feature name -> "text", "image" or the list of a label's names.
+    """
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def feature(kind):
+        if kind == "text":
+            return tfds.features.Text()
+        return tfds.features.Image() if kind == "image" else tfds.features.ClassLabel(names=kind)
+
+    class Prepared(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = folder
+
+        def _info(self):
+            table = {key: feature(kind) for key, kind in features.items()}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(table))
+
+        def _split_generators(self, dl_manager):
+            return {split: enumerate(rows) for split, rows in splits.items()}
+
+        def _generate_examples(self):
+            """Wanted by the base class, not used."""
+
+    Prepared.name = name
+    Prepared(data_dir=folder).download_and_prepare()

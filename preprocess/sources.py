@@ -84,7 +84,7 @@ def archive_members(path: Path) -> Iterator[tuple[str, int, BinaryIO]]:
             file.seek(0)
             opened = gzip.GzipFile(fileobj=file) if head == b"\x1f\x8b" else file
             stream = _WatchedStream(opened)
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 18) as archive:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
                 while (member := archive.next()) is not None:
                     # tarfile keeps every header it has seen: 600,000 pictures would take 500 MB
                     archive.members = []

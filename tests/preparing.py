@@ -83,7 +83,7 @@ def prepare_tfds(folder: Path, name: str, features: dict, splits: dict[str, list
             return tfds.features.Text()
         return tfds.features.Image() if kind == "image" else tfds.features.ClassLabel(names=kind)
 
-    class Prepared(tfds.core.GeneratorBasedBuilder):
+    class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
         pkg_dir_path = folder
 

@@ -8,7 +8,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from preparing import error_of, examples, lay_out, padded, run, tar
+from preparing import error_of, examples, lay_out, padded, prepare_tfds, run, tar
 
 from preprocess import byte_task, create_agnews, writer
 
@@ -157,6 +157,18 @@ def test_incomplete_folders(tmp_path, capsys, files, says):
     lay_out(tmp_path / "in", files)
     assert run(script, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 2
     assert says in error_of(capsys)
+
+
+def test_tfds(tmp_path):
+    labels = ["World", "Sports", "Business", "Sci/Tech"]
+    rows = [
+        {"title": title, "description": text, "label": number - 1} for number, title, text in ROWS
+    ]
+    features = {"title": "text", "description": "text", "label": labels}
+    prepare_tfds(tmp_path, "ag_news_subset", features, {"train": rows, "test": rows[:4]})
+    assert run(script, "--tfds_dir", tmp_path, "--output_dir", tmp_path / "out") == 0
+    assert examples(tmp_path / "out", "lra-news1", "train") == expected(ROWS)
+    assert examples(tmp_path / "out", "lra-news1", "dev") == expected(ROWS[:4])
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.text(max_size=20), st.text(max_size=20))))

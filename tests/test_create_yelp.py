@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from preparing import error_of, examples, lay_out, padded, run, tar
+from preparing import error_of, examples, lay_out, padded, prepare_tfds, run, tar
 
 from preprocess import byte_task, create_yelp, writer
 
@@ -129,6 +129,18 @@ def test_other_encodings_keep_their_bytes(tmp_path, capsys):
         (padded(b"\xff\xfe", 1000, 1024), 1): 1,
     }
     assert "4 texts are not valid UTF-8" in capsys.readouterr().out
+
+
+def test_tfds(tmp_path):
+    """The rows that TFDS's own reader gives, through a prepared folder."""
+    (tmp_path / "train.csv").write_bytes(FILES["train.csv"])
+    rows = [{"text": text, "label": label} for text, label in theirs(tmp_path / "train.csv")]
+    features = {"text": "text", "label": ["1", "2"]}
+    splits = {"train": rows, "test": rows[:3]}
+    prepare_tfds(tmp_path, "yelp_polarity_reviews", features, splits)
+    assert run(script, "--tfds_dir", tmp_path, "--output_dir", tmp_path / "out") == 0
+    assert examples(tmp_path / "out", "lra-yelp1", "train") == expected(LINES)
+    assert examples(tmp_path / "out", "lra-yelp1", "dev") == expected(LINES[:3])
 
 
 @given(st.lists(st.tuples(st.sampled_from("12"), st.text(max_size=30))))

@@ -3,6 +3,7 @@
 from kernels.attention import available_backends, block_sparse_attention, dense_attention
 from kernels.fused import (
     DropoutKey,
+    attention_output_feed_forward,
     dropout_add_layer_norm,
     embedding_dropout_layer_norm,
     gelu_dropout,
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionStatistics",
     "BlockLayout",
     "DropoutKey",
+    "attention_output_feed_forward",
     "attention_statistics",
     "available_backends",
     "block_sparse_attention",

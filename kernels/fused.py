@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +161,7 @@ _TYPES = {
 _GELU_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MASK_BLOCK = 2 * _LANES
 _MAX_FEATURES = 4096
+_LAYER_PIECE = 1024  # SAT_LAYER_PIECE
 _PIECE = 256  # SAT_PIECE: tokens whose parameter gradients are summed in one go
 _ID_OUT_OF_RANGE = 100
 
@@ -194,6 +196,22 @@ class _Gelu(ctypes.Structure):
     ]
 
 
+_PARAMETERS = ("output", "norm", "expand", "contract", "next_norm")  # of a layer, weight and bias
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((size, ctypes.c_int64) for size in ("rows", "length", "features", "attended", "hidden")),
+        *((f"{name}_{part}", ctypes.c_void_p) for name in _PARAMETERS for part in "wb"),
+        ("eps", ctypes.c_float),
+        ("threshold", ctypes.c_uint32),
+        ("scale", ctypes.c_float),
+        ("site_key", ctypes.c_uint64 * 3),
+        ("first_example", ctypes.c_int64),
+        ("threads", ctypes.c_int),
+    ]
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load()
@@ -204,6 +222,8 @@ def _library() -> ctypes.CDLL:
     library.sat_embed_norm.argtypes = embed + [pointer] * 5
     library.sat_embed_norm_backward.argtypes = embed + [pointer] * 9
     library.sat_gelu.argtypes = [pointer] * 4
+    library.sat_layer_forward.argtypes = [pointer] * 8
+    library.sat_layer_backward.argtypes = [pointer] * 12
     return library
 
 
@@ -371,6 +391,63 @@ def _gelu_call(x: Tensor, grad: Tensor | None, drop) -> Tensor:
     return out
 
 
+class _LayerRest(torch.autograd.Function):
+    """attention_output_feed_forward; keeps y, the hidden values before GELU, 4 numbers a token."""
+
+    @staticmethod
+    def forward(ctx, x, attended, p, key, sites, eps, *parameters):
+        x, attended = x.contiguous(), attended.contiguous()
+        parameters = tuple(parameter.contiguous() for parameter in parameters)
+        call = _layer_call(x, attended, p, key, sites, eps, parameters)
+        y, z, normed = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+        hidden = x.new_empty(*x.shape[:2], call.hidden)
+        stats = x.new_empty(*x.shape[:2], 4)
+        tensors = x, attended, y, hidden, z, normed, stats
+        _call("sat_layer_forward", ctypes.byref(call), *map(_pointer, tensors))
+        ctx.save_for_backward(attended, y, hidden, z, stats, *parameters)
+        ctx.rest = p, key, sites, eps
+        ctx.set_materialize_grads(False)
+        return z, normed
+
+    @staticmethod
+    def backward(ctx, dz, dnormed):
+        _refuse_twice()
+        attended, y, hidden, z, stats, *parameters = ctx.saved_tensors
+        dz, dnormed = _grads(y, dz, dnormed, y.dtype)
+        p, key, sites, eps = ctx.rest
+        call = _layer_call(y, attended, p, key, sites, eps, parameters)
+        dx, dattended = torch.empty_like(y), torch.empty_like(attended)
+        sizes = [parameter.numel() for parameter in parameters]
+        pieces = y.new_empty(-(-call.rows // _LAYER_PIECE), sum(sizes))
+        flat = y.new_empty(sum(sizes))
+        tensors = attended, y, hidden, z, stats, dz, dnormed, dx, dattended, pieces, flat
+        _call("sat_layer_backward", ctypes.byref(call), *map(_pointer, tensors))
+        gradients = [
+            part.view_as(parameter)
+            for part, parameter in zip(flat.split(sizes), parameters, strict=True)
+        ]
+        return dx, dattended, None, None, None, None, *gradients
+
+
+def _layer_call(x, attended, p, key, sites, eps, parameters) -> _Layer:
+    drops = [_drop(p, key, site) for site in sites]
+    threshold, scale, _, first_example = drops[0]
+    site_keys = (ctypes.c_uint64 * 3)(*(drop[2] for drop in drops))
+    batch, length, width = x.shape
+    return _Layer(
+        batch * length, length, width, attended.shape[2], len(parameters[4]),
+        *map(_pointer, parameters), eps, threshold, scale, site_keys, first_example,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _reason_not_cpu_layer(x: Tensor, attended: Tensor, parameters: list[Tensor]) -> str | None:
+    widths = x.shape[2], attended.shape[2], len(parameters[4])
+    if any(width % _MASK_BLOCK or not 0 < width <= _MAX_FEATURES for width in widths):
+        return f"widths {widths} are not multiples of {_MASK_BLOCK} up to {_MAX_FEATURES}"
+    return _reason_not_cpu(x)
+
+
 # ---- public ------------------------------------------------------------------------
 
 
@@ -478,10 +555,78 @@ def gelu_dropout(
     return _dropout(F.gelu(_wide(x)), p, key, site).to(x.dtype)
 
 
+def attention_output_feed_forward(
+    x: Tensor,
+    attended: Tensor,
+    output: tuple[Tensor, Tensor],
+    norm: tuple[Tensor, Tensor],
+    expand: tuple[Tensor, Tensor],
+    contract: tuple[Tensor, Tensor],
+    next_norm: tuple[Tensor, Tensor],
+    *,
+    p: float,
+    key: DropoutKey | None,
+    sites: tuple[int, int, int],
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """What stands between two attentions: output projection and feed-forward block.
+
+        y = x + dropout(linear(attended, *output))
+        hidden = dropout(gelu(linear(LayerNorm(y, *norm), *expand)))
+        z = y + dropout(linear(hidden, *contract))
+
+    Args:
+        x: [B, N, E], the residual stream; attended: [B, N, K], the heads' values side by side.
+        output, norm, expand, contract, next_norm: weight and bias of each; [E, K], [E], [F, E],
+            [E, F], [E].
+        p, key: as in embedding_dropout_layer_norm; sites: of the three dropouts, in order.
+    Returns: (z, LayerNorm(z, *next_norm)), dtypes as dropout_add_layer_norm gives them.
+    Raises: ValueError if shapes disagree or p is not in [0, 1).
+    """
+    parameters = [*output, *norm, *expand, *contract, *next_norm]
+    E, K, hidden = x.shape[-1], attended.shape[-1], len(expand[0])
+    expected = [(E, K), (E,), (E,), (E,), (hidden, E), (hidden,), (E, hidden), (E,), (E,), (E,)]
+    found = [tuple(parameter.shape) for parameter in parameters]
+    if found != expected or attended.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"x {list(x.shape)} and attended {list(attended.shape)} need parameters of shapes "
+            f"{expected}, got {found}"
+        )
+    dtypes = {tensor.dtype for tensor in (x, attended, *parameters)} | {_norm_dtype(x)}
+    if dtypes == {torch.float32}:  # other types: the compiled parts one after the other
+        reason = _reason_not_cpu_layer(x, attended, parameters)
+        if _use_cpu(backend, "attention_output_feed_forward", reason):
+            return _LayerRest.apply(x, attended, p, key, sites, eps, *parameters)
+    rest: dict[str, Any] = {"p": p, "key": key, "backend": backend}
+    branch = linear(attended, *output, backend=backend)
+    y, normed = dropout_add_layer_norm(x, branch, *norm, site=sites[0], eps=eps, **rest)
+    wide = linear(normed, *expand, backend=backend)
+    branch = linear(gelu_dropout(wide, site=sites[1], **rest), *contract, backend=backend)
+    return dropout_add_layer_norm(y, branch, *next_norm, site=sites[2], eps=eps, **rest)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Tensor:
     """x @ weight.T + bias, as torch.nn.functional.linear (autocast included).
 
     x: [..., E]; weight: [O, E]; bias: [O] or None. Returns [..., O]. Every backend uses torch's
-    product: MKL's reaches 93 % of this operation's limit in fp32 at the model's sizes.
+    product: in fp32 MKL's reaches 93 % of what the machine can do at the model's sizes. The one
+    exception is bf16 on a CPU that cannot multiply it: PyTorch would take a hundred times longer
+    than in fp32, so the product is taken in fp32 and rounded once.
     """
+    if x.device.type == "cpu" and backend != "reference" and not _multiplies_bf16():
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+        if dtype == torch.bfloat16:
+            with torch.autocast("cpu", enabled=False):
+                # rounded to bf16 as autocast would, then widened
+                bias = None if bias is None else bias.to(dtype).float()
+                return F.linear(x.to(dtype).float(), weight.to(dtype).float(), bias).to(dtype)
     return F.linear(x, weight, bias)
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16."""
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

@@ -61,8 +61,8 @@ class Attention(nn.Module):
         request: StatisticsRequest | None,
         mean_out: Tensor | None,
     ) -> tuple[Tensor, AttentionStatistics | None]:
-        """x [B, N, transformer_dim] -> the same shape, and the statistics if dense and asked
-        for."""
+        """x [B, N, transformer_dim] -> [B, N, num_head * head_dim] before the output projection,
+        and the statistics if dense and asked for."""
         batch, length, _ = x.shape
         # one product for the three projections; the kernels read the strided parts without a copy
         qkv = kernels.linear(
@@ -99,5 +99,6 @@ class Attention(nn.Module):
                     mean_out=mean_out,
                     mean_weight=request.mean_weight,
                 )
+        # the heads side by side; the output projection `ff` belongs to what follows
         out = out.transpose(1, 2).reshape(batch, length, self.num_head * self.head_dim)
-        return kernels.linear(out, self.ff.weight, self.ff.bias, backend=self.backend), statistics
+        return out, statistics

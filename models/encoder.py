@@ -1,7 +1,8 @@
 """The pre-norm encoder.
 
 Every addition to the residual stream is followed by a layer norm (the next half layer's, or the
-last one), so the two are one operation: x, normed = dropout_add_layer_norm(x, branch).
+last one), and all that stands between two attentions works on one token at a time, so it is one
+operation: x, normed = attention_output_feed_forward(x, attended).
 """
 
 from __future__ import annotations
@@ -34,20 +35,11 @@ class EncoderLayer(nn.Module):
         # indices 0 and 3 carry parameters; the encoder applies GELU and dropout between and after
         # them
         self.mlpblock = nn.ModuleDict({"0": nn.Linear(dim, hidden), "3": nn.Linear(hidden, dim)})
-        self.backend = backend
 
-    def expand(self, x: Tensor) -> Tensor:
-        """[B, N, transformer_dim] -> [B, N, transformer_hidden_dim]"""
-        return self._linear("0", x)
 
-    def contract(self, x: Tensor) -> Tensor:
-        """[B, N, transformer_hidden_dim] -> [B, N, transformer_dim]"""
-        return self._linear("3", x)
-
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        linear = self.mlpblock[name]
-        assert isinstance(linear, nn.Linear)
-        return kernels.linear(x, linear.weight, linear.bias, backend=self.backend)
+def _parameters(module: nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(module, nn.Linear | nn.LayerNorm)
+    return module.weight, module.bias
 
 
 class Encoder(nn.Module):
@@ -115,17 +107,19 @@ class Encoder(nn.Module):
         for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
             site = first_site + 1 + index * SITES_PER_LAYER
             mean_out = request.mean_out[index] if request and request.mean_out else None
-            branch, statistics = layer.mha(normed, key_padding_mask, request, mean_out)
+            attended, statistics = layer.mha(normed, key_padding_mask, request, mean_out)
             if statistics is not None:
                 collected.append(statistics)
-            x, normed = kernels.dropout_add_layer_norm(
-                x, branch, layer.norm2.weight, layer.norm2.bias, site=site, **drop
-            )
-            hidden = layer.expand(normed)
-            hidden = kernels.gelu_dropout(hidden, site=site + 1, **drop)
-            branch = layer.contract(hidden)
-            x, normed = kernels.dropout_add_layer_norm(
-                x, branch, next_norm.weight, next_norm.bias, site=site + 2, **drop
+            x, normed = kernels.attention_output_feed_forward(
+                x,
+                attended,
+                _parameters(layer.mha.ff),
+                _parameters(layer.norm2),
+                _parameters(layer.mlpblock["0"]),
+                _parameters(layer.mlpblock["3"]),
+                _parameters(next_norm),
+                sites=(site, site + 1, site + 2),
+                **drop,
             )
         if config.pooling_mode == "CLS":
             pooled = normed[:, 0] * token_mask[:, :1]

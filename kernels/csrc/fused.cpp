@@ -44,3 +44,14 @@ SAT_EXPORT int sat_embed_norm_backward(const SatNorm* a, const int64_t* ids, int
 SAT_EXPORT int sat_gelu(const SatGelu* a, const void* x, const void* grad, void* out) {
     return kernels().gelu(*a, x, grad, out);
 }
+
+SAT_EXPORT int sat_layer_forward(const SatLayer* a, const float* x, const float* attended, float* y, float* h,
+                                 float* z, float* normed, float* stats) {
+    return kernels().layer_forward(*a, x, attended, y, h, z, normed, stats);
+}
+
+SAT_EXPORT int sat_layer_backward(const SatLayer* a, const float* attended, const float* y, const float* h,
+                                  const float* z, const float* stats, const float* dz, const float* dnormed,
+                                  float* dx, float* dattended, float* pieces, float* dparameters) {
+    return kernels().layer_backward(*a, attended, y, h, z, stats, dz, dnormed, dx, dattended, pieces, dparameters);
+}

@@ -5,6 +5,7 @@
 
 enum {
     SAT_PIECE = 256,              // tokens whose parameter gradients are summed in one go
+    SAT_LAYER_PIECE = 1024,       // the same in the whole half layer, whose gradients are larger
     SAT_MAX_FEATURES = 4096,      // a row is buffered on the stack
     SAT_ID_OUT_OF_RANGE = 100,    // status: a token id beyond the word table
 };
@@ -37,6 +38,19 @@ struct SatGelu {
     int threads;
 };
 
+// Everything between two attentions; `attended`, `hidden`: widths. Three dropout sites.
+struct SatLayer {
+    int64_t rows, length, features, attended, hidden;
+    const float *out_weight, *out_bias, *norm_weight, *norm_bias, *expand_weight, *expand_bias, *contract_weight,
+        *contract_bias, *next_weight, *next_bias;
+    float eps;
+    uint32_t threshold;
+    float scale;
+    uint64_t site_key[3];
+    int64_t first_example;
+    int threads;
+};
+
 struct SatFusedKernels {
     int (*add_norm)(const SatNorm&, const void* x, const void* branch, void* y, void* normed, float* stats);
     int (*add_norm_backward)(const SatNorm&, const void* y, const float* stats, const void* dy, const void* dnormed,
@@ -47,6 +61,11 @@ struct SatFusedKernels {
                                const void* dnormed, float* dsum, float* pieces, float* dparameters,
                                int64_t vocabulary, float* dwords, float* dpositions);
     int (*gelu)(const SatGelu&, const void* x, const void* grad, void* out);
+    int (*layer_forward)(const SatLayer&, const float* x, const float* attended, float* y, float* h, float* z,
+                         float* normed, float* stats);
+    int (*layer_backward)(const SatLayer&, const float* attended, const float* y, const float* h, const float* z,
+                          const float* stats, const float* dz, const float* dnormed, float* dx, float* dattended,
+                          float* pieces, float* dparameters);
 };
 
 namespace sat_portable {

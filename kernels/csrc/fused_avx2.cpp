@@ -1,3 +1,3 @@
 #define SAT_ISA_NAMESPACE sat_avx2
 #define SAT_WIDTH 8
-#include "fused.h"
+#include "fused_layer.h"

@@ -1,3 +1,3 @@
 #define SAT_ISA_NAMESPACE sat_avx512
 #define SAT_WIDTH 16
-#include "fused.h"
+#include "fused_layer.h"

@@ -31,7 +31,7 @@ struct bf16 {
     uint16_t bits;
 };
 
-SAT_INLINE vec splat(float x) { return vec{} + x; }
+SAT_INLINE vec splat(float x) { return x - vec{}; }    // x - 0 is x for every x; x + 0 is not, and costs an add
 SAT_INLINE vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
 SAT_INLINE void store(float* p, vec x) { *reinterpret_cast<vec_unaligned*>(p) = x; }
 

@@ -1,0 +1,579 @@
+"""Milliseconds a sample of whole training steps, ours against plain PyTorch.
+
+    python benchmarks/step.py [--task lra-image] [--contenders a,d] [--rounds 5] [--json FILE]
+
+A step is what training does: forward, backward, clipping, AdamW; in dense phases also the
+attention statistics, the pattern loss and the transition criterion (timed apart and spread over
+the task's own batch). Contenders, each in its own process, take turns: a busy machine hurts
+them all alike:
+
+    a       the reference's algorithm in PyTorch: attention materialised as [B, H, N, N], fp32
+    b, b16  the same model with PyTorch's scaled_dot_product_attention, no statistics, fp32, bf16
+    c       ours, dense phase with all its statistics, fp32
+    d, e    ours, sparse phase, fp32 and bf16
+
+b16 is left out by default where the CPU cannot multiply bf16: it takes seconds a sample there.
+Every process keeps freed memory (MALLOC_* below): with glibc's defaults each large tensor is given
+back to the system and faulted in again, which costs the plain contenders most. Each contender
+uses the micro-batch that is fastest for it among --micro_batches. Before it is timed, each
+contender's loss must agree with a restatement (`check`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+NAMES = {
+    "a": "reference in torch, fp32",
+    "b": "torch SDPA, fp32",
+    "b16": "torch SDPA, bf16",
+    "c": "ours, dense, fp32",
+    "d": "ours, sparse, fp32",
+    "e": "ours, sparse, bf16",
+}
+MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+
+
+# ---- a and b: the model in plain PyTorch -------------------------------------------------------
+
+
+def plain_step(model, task, ids, ids_1, labels, materialised, dropout):
+    """Loss of one micro-batch, from the parameters of our model (the reference's names).
+
+    materialised: attention as the reference computes it, with the pattern loss; else SDPA and
+    nothing else. Returns (loss, per layer the mean attention [N, N] or None).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    config = task.model
+    means: list[Any] = []
+
+    def attention(layer, x, real, collect):
+        B, N, _ = x.shape
+        q, k, v = (
+            getattr(layer.mha, name)(x)
+            .view(B, N, config.num_head, config.head_dim)
+            .transpose(1, 2)
+            for name in ("W_q", "W_k", "W_v")
+        )
+        loss = 0.0
+        if materialised:
+            scores = torch.matmul(q, k.transpose(-2, -1)) / config.head_dim**0.5
+            if real is not None:
+                scores = scores - 1e6 * (1.0 - real[:, None, None, :].to(scores.dtype))
+            probs = torch.softmax(scores, dim=-1)
+            out = torch.matmul(probs, v)
+            fixed = probs.detach()
+            pooled = F.avg_pool2d(fixed, config.block_size)
+            pattern = layer.mha.pattern
+            loss = F.mse_loss(pooled, (pattern @ pattern.T).expand_as(pooled))
+            if collect:
+                means.append(fixed.mean(dim=(0, 1)))
+        else:
+            keys = None if real is None else real[:, None, None, :]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        return layer.mha.ff(out.transpose(1, 2).reshape(B, N, -1)), loss
+
+    def encode(tokens, collect):
+        encoder = model.model
+        tables = encoder.embeddings
+        real = tokens != 0
+        x = F.dropout(F.embedding(tokens, tables.word_table) + tables.position_table, dropout)
+        pattern_loss = 0.0
+        for layer in encoder.layers:
+            branch, loss = attention(
+                layer, layer.norm1(x), real if config.key_padding else None, collect
+            )
+            pattern_loss = pattern_loss + loss
+            x = x + F.dropout(branch, dropout)
+            hidden = F.dropout(F.gelu(layer.mlpblock["0"](layer.norm2(x))), dropout)
+            x = x + F.dropout(layer.mlpblock["3"](hidden), dropout)
+        x = encoder.norm(x) * real.unsqueeze(-1)
+        return x.to(torch.promote_types(x.dtype, torch.float32)).mean(dim=1), pattern_loss
+
+    pooled, loss = encode(ids, True)
+    if ids_1 is None:
+        logits = model.seq_classifer(pooled)
+    else:
+        pooled_1, loss_1 = encode(ids_1, False)
+        logits = model.seq_classifer(pooled, pooled_1)
+        loss = (loss + loss_1) / 2
+    total = F.cross_entropy(logits, labels)
+    if materialised:
+        total = total + task.training.attn_loss_scale * config.num_layers * loss
+    return total, means
+
+
+class Plain:
+    """Contenders a, b and b16."""
+
+    def __init__(self, run, name: str) -> None:
+        import torch
+
+        self.run, self.materialised, self.bf16 = run, name == "a", name == "b16"
+        parameters = list(run.model.parameters())
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, eps=1e-6, weight_decay=0.0)
+        self.means = None
+
+    def loss(self, begin: int, end: int, dropout: float):
+        import numpy as np
+        import torch
+
+        ids, ids_1, labels = self.run.train_data.batch(np.arange(begin, end))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return plain_step(
+                self.run.model, self.run.config, ids, ids_1, labels, self.materialised, dropout
+            )
+
+    def step(self) -> None:
+        import torch
+
+        batch, micro = self.run.config.training.batch_size, self.run.options.micro_batch_size
+        self.optimizer.zero_grad()
+        for begin in range(0, batch, micro):
+            end = min(begin + micro, batch)
+            loss, means = self.loss(begin, end, self.run.config.model.dropout_prob)
+            (loss * ((end - begin) / batch)).backward()
+            if means:
+                self.means = torch.stack(means)
+        torch.nn.utils.clip_grad_value_(self.parameters, 1.0)
+        self.optimizer.step()
+
+    def criterion(self) -> None:
+        """Skewness and distance of the four stacked means, as the reference has them."""
+        import torch
+
+        assert self.means is not None
+        stacked = self.means.repeat(1, 4, 1)
+        old = torch.zeros_like(stacked)
+        for layer, before in zip(stacked, old, strict=True):
+            (((layer - layer.mean()) / layer.std(unbiased=False)) ** 3).mean().item()
+            torch.linalg.norm(layer - before).item()
+
+
+class Ours:
+    """Contenders c, d and e: the training loop's own step."""
+
+    def __init__(self, run, name: str, pattern: str) -> None:
+        from models import select_blocks
+        from training import loop
+
+        self.run, self.loop = run, loop
+        if name != "c":
+            masks = select_blocks(
+                pattern,
+                pattern_scores=run.model.pattern_scores(),
+                density=run.config.model.density,
+                seed=0,
+            )
+            run.model.enter_sparse_phase(masks)
+            run.phase = "sparse"
+            run.optimizer = run.new_optimizer()
+
+    def step(self) -> None:
+        self.loop.train_step(self.run)
+
+    def criterion(self) -> None:
+        if self.run.phase == "dense":
+            self.loop.decide(self.run)
+
+
+def make_contender(name: str, task_name: str, batch: int, micro: int, pattern: str):
+    """The contender's step and criterion, on random tokens; same weights for all."""
+    import torch
+
+    from config import Config
+    from models import build_model
+    from training.config import build_config
+    from training.distributed import World
+    from training.interrupt import StopSignal
+    from training.logging import NullLog
+    from training.loop import Run, RunOptions
+    from training.session import made_up_data
+    from training.transition import TransitionCriterion
+
+    config, _ = build_config(task_name, Config[task_name])
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, batch_size=batch)
+    )
+    torch.manual_seed(0)
+    run = Run(
+        config=config,
+        options=RunOptions(
+            micro_batch_size=micro, precision="bf16" if name in ("b16", "e") else "fp32"
+        ),
+        paths=None,
+        device=torch.device("cpu"),
+        world=World(),
+        log=NullLog(),
+        model=build_model(config.model),
+        train_data=made_up_data(config),
+        dev_data=made_up_data(config),
+        stop=StopSignal(),
+        criterion=TransitionCriterion(1e9, 1.0),
+    )
+    return Plain(run, name) if name in ("a", "b", "b16") else Ours(run, name, pattern)
+
+
+# ---- a worker: one contender in a process of its own -------------------------------------------
+
+
+def check(name: str, contender) -> dict[str, float]:
+    """This contender's loss on two examples, no dropout, against a restatement of its own kind.
+
+    a, b, c: plain_step in float64. d, e: our model with backend "reference" in fp32.
+    """
+    import copy
+
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from training.evaluation import attention_loss, autocast
+
+    run = contender.run
+    ids, ids_1, labels = run.train_data.batch(np.arange(2))
+
+    def ours(model):
+        with torch.no_grad(), autocast(run.device, run.options.precision):
+            output = model(ids, ids_1)
+        loss = F.cross_entropy(output.logits.float(), labels).double()
+        if output.statistics is not None:
+            loss += attention_loss(model, output, run.config.training.attn_loss_scale)
+        return loss.item()
+
+    if name in ("a", "b", "b16", "c"):
+        wide = copy.deepcopy(run.model).double()
+        with torch.no_grad():
+            want = plain_step(wide, run.config, ids, ids_1, labels, name in ("a", "c"), 0.0)[
+                0
+            ].item()
+    else:
+        other = copy.deepcopy(run.model)
+        for module in other.modules():
+            if hasattr(module, "backend"):
+                module.backend = "reference"
+        want = ours(other)
+    if isinstance(contender, Plain):
+        with torch.no_grad():
+            got = contender.loss(0, 2, 0.0)[0].item()
+    else:
+        got = ours(run.model)
+    error = abs(got - want) / abs(want)
+    allowed = 3e-3 if name in ("b16", "e") else 1e-5
+    if not error <= allowed:
+        raise AssertionError(f"contender {name}: loss {got} instead of {want}")
+    return {"loss": got, "expected": want}
+
+
+GROUPS = {  # profiler names (parts of) -> what a reader calls them, first match wins
+    "attention": ("sat::attention", "scaled_dot_product", "sparse_attention", "_Attention"),
+    "residual, dropout, norm": ("_AddNorm",),
+    "GELU, dropout": ("_GeluDropout",),
+    "embedding, dropout, norm": ("_EmbedNorm",),
+    "products of linear layers": ("aten::addmm", "aten::mm", "aten::linear", "mkldnn"),
+    "optimizer, clipping": ("AdamW", "_foreach", "_fused_adam", "clip_grad", "optimizer"),
+    "sums (bias gradients)": ("aten::sum", "aten::mean"),
+    "copies, additions": (
+        "aten::copy_",
+        "aten::add",
+        "aten::mul",
+        "aten::to",
+        "aten::cat",
+        "aten::fill_",
+    ),
+}
+
+
+def profile(contender, steps: int = 2) -> dict[str, float]:
+    """Milliseconds of this thread by group and step, from torch's profiler (self time)."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    started = time.perf_counter()
+    with torch_profile(activities=[ProfilerActivity.CPU]) as record:
+        for _ in range(steps):
+            contender.step()
+    total = (time.perf_counter() - started) / steps * 1e3
+    found = dict.fromkeys(GROUPS, 0.0)
+    for event in record.key_averages():
+        for group, parts in GROUPS.items():
+            if any(part in event.key for part in parts):
+                found[group] += event.self_cpu_time_total / steps / 1e3
+                break
+    found["everything else"] = total - sum(found.values())
+    return found
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Reads commands, one a line, and answers each with a line of JSON."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    contender = make_contender(
+        arguments.worker,
+        arguments.task,
+        arguments.batch,
+        arguments.micro_batches[0],
+        arguments.pattern,
+    )
+    for line in sys.stdin:
+        command, _, value = line.strip().partition(" ")
+        answer: Any = None
+        if command == "check":
+            answer = check(arguments.worker, contender)
+        elif command == "micro":
+            contender.run.options.micro_batch_size = int(value)
+        elif command in ("step", "criterion"):
+            started = time.perf_counter()
+            getattr(contender, command)()
+            answer = (time.perf_counter() - started) * 1e3
+        elif command == "profile":
+            answer = profile(contender)
+        print(json.dumps(answer), flush=True)
+
+
+# ---- limits ------------------------------------------------------------------------------------
+
+
+def measure_machine(threads: int) -> dict[str, float]:
+    """GFLOP/s of a large product in fp32 and bf16, GB/s of a copy beyond the caches."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+    def best(function, count=3):
+        times = []
+        for _ in range(count + 1):
+            started = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - started)
+        return min(times[1:])
+
+    found = {}
+    for name, dtype, size in (("fp32", torch.float32, 2048), ("bf16", torch.bfloat16, 512)):
+        x = torch.randn(size, size).to(dtype)
+        found[f"gflops_{name}"] = 2 * size**3 / best(lambda x=x: x @ x) / 1e9
+    source = torch.zeros(1 << 26)
+    target = torch.empty_like(source)
+    found["copy_gb_per_second"] = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
+    return found
+
+
+def limits(task_name: str, machine: dict[str, float]) -> dict[str, float]:
+    """Milliseconds a sample that a step cannot beat at the measured rates.
+
+    flops: the products alone. bytes: every operation's inputs and outputs once through memory
+    (28 token rows forward and 41 backward a layer, 11 for the embedding and the last norm), which
+    caches can beat.
+    """
+    from config import Config
+    from training.config import build_config
+    from training.report import flops
+
+    model = build_config(task_name, Config[task_name])[0].model
+    found = {}
+    for phase in ("dense", "sparse"):
+        for dtype in ("fp32", "bf16"):
+            rate = machine[f"gflops_{dtype}"] * 1e6
+            found[f"{phase}_{dtype}_flops"] = flops(model, 1, phase)["step"] / rate
+    row = 4 * model.transformer_dim * model.padded_length * model.num_inputs
+    found["fp32_bytes"] = row * (69 * model.num_layers + 11) / machine["copy_gb_per_second"] / 1e6
+    return found
+
+
+# ---- the parent: lets the workers take turns ---------------------------------------------------
+
+
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, name: str, task: str, arguments: argparse.Namespace) -> None:
+        micro = ",".join(map(str, arguments.micro_batches))
+        command = [
+            sys.executable, __file__, "--worker", name, "--task", task,
+            "--batch", str(arguments.batch), "--threads", str(arguments.threads),
+            "--micro_batches", micro, "--pattern", arguments.pattern,
+        ]  # fmt: skip
+        environment = dict(os.environ, **MALLOC)
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, command: str) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"contender {self.name} ended: see its message above")
+        return json.loads(line)
+
+    def choose_micro_batch(self, candidates: list[int]) -> int:
+        times = {}
+        for micro in candidates:
+            self.ask(f"micro {micro}")
+            self.ask("step")
+            times[micro] = self.ask("step")
+        best = min(times, key=times.__getitem__)
+        self.ask(f"micro {best}")
+        return best
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All contenders of one task, interleaved. Times are ms a sample."""
+    from config import Config
+
+    spread_over = Config[task]["training"]["batch_size"]  # the criterion runs once a step
+    workers = [Worker(name, task, arguments) for name in arguments.contenders]
+    results: dict[str, Any] = {}
+    try:
+        for worker in workers:
+            results[worker.name] = {
+                "check": worker.ask("check"),
+                "micro_batch": worker.choose_micro_batch(arguments.micro_batches),
+                "steps": [],
+                "criteria": [],
+            }
+        for _ in range(arguments.rounds):
+            for worker in workers:
+                found = results[worker.name]
+                found["steps"].append(worker.ask("step") / arguments.batch)
+                if worker.name in ("a", "c"):
+                    found["criteria"].append(worker.ask("criterion") / spread_over)
+        for worker in workers:
+            if arguments.profile and worker.name in ("c", "d", "e"):
+                parts = worker.ask("profile")
+                results[worker.name]["profile"] = {
+                    k: v / arguments.batch for k, v in parts.items()
+                }
+    finally:
+        for worker in workers:
+            worker.end()
+    for found in results.values():
+        criterion = statistics.median(found["criteria"]) if found["criteria"] else 0.0
+        found["ms"] = statistics.median(found["steps"]) + criterion
+        found["criterion_ms"] = criterion
+        found["fastest"], found["slowest"] = min(found["steps"]), max(found["steps"])
+    return results
+
+
+def show(task: str, results: dict[str, Any], bounds: dict[str, float]) -> None:
+    base = results["a"]["ms"] if "a" in results else None
+    print(f"\n{task}: ms a sample (median; fastest to slowest), micro-batch, ratio to a")
+    for name, found in results.items():
+        ratio = f"{base / found['ms']:6.2f}x" if base else ""
+        print(
+            f"  {name:4}{NAMES[name]:26}{found['ms']:8.2f}  ({found['fastest']:.2f} to "
+            f"{found['slowest']:.2f}) {found['micro_batch']:4}  {ratio}"
+        )
+    for name, found in results.items():
+        if "profile" in found:
+            parts = sorted(found["profile"].items(), key=lambda item: -item[1])
+            text = ", ".join(f"{group} {ms:.2f}" for group, ms in parts if ms >= 0.005)
+            print(f"  profile of {name} (with the profiler's own cost): {text}")
+    print("  limits: " + ", ".join(f"{name} {ms:.2f}" for name, ms in bounds.items()))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", default="lra-image", help="tasks, separated by commas")
+    parser.add_argument("--contenders", type=names, help="of " + ",".join(NAMES))
+    parser.add_argument("--batch", type=int, default=64, help="examples a step")
+    parser.add_argument(
+        "--micro_batches", type=numbers, default=[8, 16], help="each contender takes its fastest"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--pattern", default="random", help="which blocks d and e keep (the task's density)"
+    )
+    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", help="file for all numbers")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    for name in arguments.contenders or ():
+        if name not in NAMES:
+            parser.error(f"unknown contender {name!r}: choose from {', '.join(NAMES)}")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(argv)
+    if arguments.worker:
+        work(arguments)
+        return 0
+    import torch
+
+    machine = measure_machine(arguments.threads)
+    if arguments.contenders is None:
+        slow = machine["gflops_bf16"] < machine["gflops_fp32"] / 10
+        arguments.contenders = [name for name in NAMES if not (slow and name == "b16")]
+    header = {
+        "processor": _processor(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "batch": arguments.batch,
+        "pattern": arguments.pattern,
+        **machine,
+    }
+    print(
+        ", ".join(
+            f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in header.items()
+        )
+    )
+    tasks = {}
+    for task in arguments.task.split(","):
+        results, bounds = compare(task, arguments), limits(task, machine)
+        show(task, results, bounds)
+        tasks[task] = {"contenders": results, "limits": bounds}
+    if arguments.json:
+        text = json.dumps({"machine": header, "tasks": tasks}, indent=1)
+        Path(arguments.json).write_text(text + "\n")
+    return 0
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ class Evaluation:
 
     loss: float
     accuracy: float
-    attention_loss: float | None  # None with sparse attention
+    attention_loss: float | None  # None with sparse attention, and where it was not asked for
     num_examples: int
 
 
@@ -35,7 +35,7 @@ def evaluate(
     device: torch.device,
     precision: str,
     world: World,
-    attn_loss_scale: float,
+    attn_loss_scale: float | None,
 ) -> Evaluation:
     """Evaluates the given examples in the model's current phase, without dropout.
 
@@ -43,8 +43,9 @@ def evaluate(
         indices: int64, which examples; every process of `world` takes its share of them.
         batch_size: examples at a time; changes memory and time only.
         precision: "fp32", "bf16" or "fp16".
+        attn_loss_scale: of the attention loss in the dense phase; None leaves it out.
     """
-    dense = model.block_masks is None
+    dense = model.block_masks is None and attn_loss_scale is not None
     begin, end = world.part(len(indices))
     # loss, correct answers, attention loss
     totals = torch.zeros(3, dtype=torch.float64, device=device)
@@ -57,7 +58,7 @@ def evaluate(
             output = model(ids, ids_1, statistics=request)
         totals[0] += F.cross_entropy(output.logits.float(), labels, reduction="sum")
         totals[1] += (output.logits.argmax(-1) == labels).sum()
-        if dense:
+        if attn_loss_scale is not None and dense:
             totals[2] += attention_loss(model, output, attn_loss_scale) * len(labels)
     world.sum_([totals])
     loss, correct, attention = (totals / len(indices)).tolist()

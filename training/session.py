@@ -549,7 +549,7 @@ def timed_test(
         device=device,
         precision=precision,
         world=world,
-        attn_loss_scale=0.0,
+        attn_loss_scale=None,
     )
     return result, time.perf_counter() - started
 

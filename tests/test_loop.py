@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -60,48 +59,6 @@ def test_micro_batches_change_nothing_but_rounding(fresh):
                     assert ours[name] == pytest.approx(whole[name], rel=1e-3)
             if whole["attention_loss"] is not None:
                 assert ours["attention_loss"] == pytest.approx(whole["attention_loss"], rel=1e-4)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(folder, processes, *more):
-    """torchrun of a run; returns the finished process."""
-    given = tiny.arguments(folder, "--train_steps", "60", "--batch_size", "8", *tiny.SETTINGS)
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"),
-            *("--master_port", str(free_port()), "main_learnable_skewness.py", *given, *more),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_two_processes_equal_one(fresh):
-    other = fresh / "two"
-    tiny.write_data(other / "data", sizes=(48, 31, 21))
-    one = fresh / "one"
-    tiny.write_data(one / "data", sizes=(48, 31, 21))
-    given = ["--sk", "-100", "--ds", "0.4"]
-    assert tiny.train(one, "--train_steps", "60", *given) == 0
-    result = launch(other, 2, *given)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("Evaluation Results") == 1  # one process speaks
-    records, expected = train_records(other), train_records(one)
-    assert [r["phase"] for r in records] == [r["phase"] for r in expected]
-    assert {r["phase"] for r in expected} == {"dense", "sparse"}
-    for ours, whole in zip(records, expected, strict=True):
-        assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-5)
-    a, b = (load_checkpoint(tiny.checkpoints(f) / "sat.model") for f in (one, other))
-    assert torch.equal(a.block_masks, b.block_masks)
-    assert a.best_accuracy == b.best_accuracy
 
 
 # ---- faults ------------------------------------------------------------------------

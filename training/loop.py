@@ -22,7 +22,7 @@ from training.batching import Chunk, plan_chunks
 from training.checkpoint import RunPaths, TrainState, save_checkpoint, save_masks
 from training.config import TaskConfig
 from training.dataset import Dataset, evaluation_subset, training_indices
-from training.distributed import World
+from training.distributed import PeerLostError, World
 from training.evaluation import attention_loss, autocast, evaluate, to_device
 from training.interrupt import StopSignal
 from training.logging import NullLog
@@ -158,6 +158,8 @@ def train_step(run: Run) -> StepResult:
     while True:
         try:
             return _train_step(run)
+        except PeerLostError:
+            raise
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not memory.is_exhausted(error):
                 raise
@@ -242,8 +244,8 @@ def _train_step(run: Run) -> StepResult:
         attention_loss=attention_sum if dense else None,
         accuracy=correct / config.batch_size,
         learning_rate=learning_rate,
-        # the sum over processes may mix signals; any of them ends the run
-        stop_signal=run.stop.received or int(signals > 0) * run.stop.default,
+        # what was shared decides, so that all processes end after the same step
+        stop_signal=(run.stop.received or run.stop.default) if signals > 0 else 0,
     )
 
 

@@ -36,7 +36,7 @@ from training.checkpoint import (
 )
 from training.config import TaskConfig, build_config, resolve_task, unused_fields
 from training.dataset import Dataset, open_dataset
-from training.distributed import World, join_world
+from training.distributed import PeerLostError, World, join_world
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopSignal
 from training.logging import NullLog, RunLog, say
@@ -54,6 +54,7 @@ class Launch:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    restarts: int = 0  # how often torchrun has started the job anew
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
@@ -61,6 +62,7 @@ class Launch:
             int(environment.get("RANK", 0)),
             int(environment.get("WORLD_SIZE", 1)),
             int(environment.get("LOCAL_RANK", 0)),
+            int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
 
 
@@ -71,7 +73,7 @@ def guarded(job: Callable[[], int]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except TrainingFailed as error:
+    except (TrainingFailed, PeerLostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -96,6 +98,8 @@ def train_run(
     """--mode train: a new run, a resumed one, or a dry run; ends with the test result."""
     task = resolve_task(args.task, tasks, aliases)
     paths = RunPaths(Path(args.output_dir), args.random, task, args.name)
+    if launch.restarts:  # the job was started anew after a failure: it goes on, whatever was typed
+        args.resume = True
     state = None
     said: list[str] = []
     if not args.dry_run:

@@ -1,0 +1,227 @@
+"""Several processes under torchrun: the numbers of one, and an end or a restart when one is
+lost."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from training.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+# the transition comes after a dozen steps, by the rule
+RULE = ["--sk", "-100", "--ds", "0.4"]
+SIZES = (48, 31, 21)  # nothing divides evenly
+
+
+class Job:
+    """A running torchrun, its output in a file; `standalone` finds a free port by itself."""
+
+    def __init__(self, folder, arguments, processes=2, restarts=0, script=None):
+        self.output = folder / "torchrun.txt"
+        with open(self.output, "w") as output:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                    *(f"--nproc_per_node={processes}", f"--max_restarts={restarts}"),
+                    *("--monitor_interval=0.1", script or "main_learnable_skewness.py"),
+                    *arguments,
+                ],
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def wait(self, seconds=200):
+        """Exit code and output."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError("the job hangs: " + self.output.read_text()[-3000:]) from None
+        return code, self.output.read_text()
+
+    def workers(self):
+        """Process ids by rank."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                    environment = (entry / "environ").read_bytes()
+                except OSError:
+                    continue
+                rank = re.search(rb"\0LOCAL_RANK=(\d+)", environment)
+                if parent == self.process.pid and rank:
+                    found[int(rank.group(1))] = int(entry.name)
+        return found
+
+    def wait_for(self, pattern, seconds=120):
+        """Until the output contains `pattern`."""
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.output.read_text()):
+            assert self.process.poll() is None, self.output.read_text()[-3000:]
+            assert time.monotonic() < end, "never: " + pattern
+            time.sleep(0.02)
+
+
+def run_arguments(folder, *more, steps=60):
+    tiny.write_data(folder / "data", sizes=SIZES)
+    given = ["--train_steps", str(steps), "--batch_size", "8", *tiny.SETTINGS, *RULE, *more]
+    return tiny.arguments(folder, *given)
+
+
+def wait_for_step(folder, step, job, seconds=120):
+    path = tiny.logs(folder) / "sat.metrics.jsonl"
+    end = time.monotonic() + seconds
+    while not path.exists() or f'"step": {step},' not in path.read_text():
+        assert job.process.poll() is None, job.output.read_text()[-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def records(folder):
+    lines = (tiny.logs(folder) / "sat.metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def train_records(folder):
+    return [r for r in records(folder) if r["event"] == "train"]
+
+
+def weights(folder, name="sat.last.model"):
+    return load_checkpoint(tiny.checkpoints(folder) / name).model_state_dict
+
+
+def equal_bits(a, b):
+    return all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Two processes from start to end."""
+    folder = tmp_path_factory.mktemp("two")
+    code, output = Job(folder, run_arguments(folder)).wait()
+    assert code == 0, output[-3000:]
+    return folder
+
+
+def test_two_processes_equal_one(undisturbed, tmp_path):
+    from main_learnable_skewness import main
+
+    assert main(run_arguments(tmp_path)) == 0
+    ours, expected = train_records(undisturbed), train_records(tmp_path)
+    assert [r["phase"] for r in ours] == [r["phase"] for r in expected]
+    assert {r["phase"] for r in expected} == {"dense", "sparse"}
+    for two, one in zip(ours, expected, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["accuracy"] == pytest.approx(one["accuracy"])
+    two, one = (
+        load_checkpoint(tiny.checkpoints(f) / "sat.model") for f in (undisturbed, tmp_path)
+    )
+    assert torch.equal(two.block_masks, one.block_masks)
+    assert two.best_accuracy == one.best_accuracy
+    results = [
+        [(r["num_examples"], r["accuracy"]) for r in records(f) if r["event"] == "eval"]
+        for f in (undisturbed, tmp_path)
+    ]
+    assert results[0] == results[1] and results[0][0][0] == 31  # odd, every example once
+
+
+def test_one_process_speaks(undisturbed):
+    output = (undisturbed / "torchrun.txt").read_text()
+    assert output.count("Evaluation Results") == 1
+    assert "2 processes" in output
+
+
+def test_inference_on_two_processes_repeats_the_result(undisturbed, tmp_path):
+    log = (tiny.logs(undisturbed) / "train.sat.log").read_text()
+    accuracy = re.search(r"^Accuracy: .*$", log, re.MULTILINE).group()
+    arguments = tiny.arguments(undisturbed, mode="eval")
+    code, output = Job(tmp_path, arguments, script="main_inference.py").wait()
+    assert code == 0, output[-3000:]
+    assert output.count("Evaluation Results") == 1
+    assert accuracy in output and "examples: 21" in output
+
+
+def test_a_lost_process_ends_the_job_in_a_sentence(tmp_path):
+    job = Job(tmp_path, run_arguments(tmp_path, steps=100_000))
+    wait_for_step(tmp_path, 20, job)
+    os.kill(job.workers()[1], signal.SIGKILL)
+    killed = time.monotonic()
+    code, output = job.wait(60)
+    assert code != 0
+    assert time.monotonic() - killed < 30
+    # rank 0 either says so itself or is ended by torchrun before it could
+    assert "another process of this job has ended" in output or "SIGKILL" in output
+    assert load_checkpoint(tiny.checkpoints(tmp_path) / "sat.last.model").step % 10 == 0
+
+
+def kill_one_and_compare(folder, undisturbed, rank, step):
+    job = Job(folder, run_arguments(folder, "--resume"), restarts=3)
+    wait_for_step(folder, step, job)
+    os.kill(job.workers()[rank], signal.SIGKILL)
+    code, output = job.wait()
+    assert code == 0, output[-3000:]
+    assert re.search("resumed at step|starts at step 0", output)
+    assert equal_bits(weights(folder), weights(undisturbed))
+    assert [r["loss"] for r in train_records(folder)] == [
+        r["loss"] for r in train_records(undisturbed)
+    ]
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(undisturbed, tmp_path):
+    kill_one_and_compare(tmp_path, undisturbed, rank=1, step=25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(20))
+def test_any_process_may_be_lost_at_any_step(undisturbed, tmp_path, attempt):
+    choose = random.Random(attempt)
+    kill_one_and_compare(tmp_path, undisturbed, choose.randrange(2), choose.randrange(1, 55))
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(undisturbed, tmp_path):
+    job = Job(tmp_path, run_arguments(tmp_path))
+    wait_for_step(tmp_path, 15, job)
+    os.kill(job.workers()[1], signal.SIGTERM)
+    _, output = job.wait()
+    stopped = re.search(r"stopped by SIGTERM after step (\d+); go on with: ", output)
+    assert stopped, output[-3000:]
+    state = load_checkpoint(tiny.checkpoints(tmp_path) / "sat.last.model")
+    assert state.step == int(stopped.group(1)) == len(train_records(tmp_path))
+    code, output = Job(tmp_path, run_arguments(tmp_path, "--resume")).wait()
+    assert code == 0, output[-3000:]
+    assert equal_bits(weights(tmp_path), weights(undisturbed))
+
+
+def test_a_signal_to_the_launcher_stops_the_job(tmp_path):
+    job = Job(tmp_path, run_arguments(tmp_path, steps=100_000))
+    wait_for_step(tmp_path, 15, job)
+    job.process.send_signal(signal.SIGTERM)
+    code, output = job.wait(60)
+    assert code != 0
+    assert len(re.findall("stopped by SIGTERM after step", output)) == 1
+    state = load_checkpoint(tiny.checkpoints(tmp_path) / "sat.last.model")
+    assert state.step == len(train_records(tmp_path))
+
+
+def test_resuming_on_another_number_of_devices(undisturbed, tmp_path, capsys):
+    from main_learnable_skewness import main
+
+    code, output = Job(tmp_path, run_arguments(tmp_path, "--stop_after", "30")).wait()
+    assert code == 0, output[-3000:]
+    assert main(run_arguments(tmp_path, "--resume")) == 0
+    assert "processes was 2 when the run started and is 1 now" in capsys.readouterr().out
+    for ours, expected in zip(train_records(tmp_path), train_records(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], abs=1e-5)

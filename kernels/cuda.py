@@ -1,0 +1,360 @@
+"""Attention on NVIDIA GPUs (csrc/attention_cuda.cuh): the backend `cuda`.
+
+Shape letters: B batch, H heads, N padded length, d head_dim, bs block_size, nb = N / bs.
+
+The kernels are torch operators (sat_cuda::attention and its backward, sat_cuda::statistics), so
+autograd and torch.compile see them as one node. They run on the current stream, never wait for the
+GPU, allocate nothing larger than their outputs (but [B, H, N/16, N/16] for the statistics), use no
+atomics, and give the same bits every time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+from kernels.layout import BlockLayout
+from kernels.statistics import AttentionStatistics
+
+name = "cuda"
+
+ABI = 1  # sat_abi_version() in csrc/attention_cuda.cu
+DEVICE = "cuda"
+LIBRARY = Path(__file__).resolve().parent / "libsat_cuda.so"
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+HEAD_DIMS = (32, 64, 128)  # others are padded with zeros
+GRANULE = 16  # rows of a warp: block_size is a multiple of it
+
+
+@torch.compiler.assume_constant_result
+def reason_unavailable() -> str | None:
+    return _load()[1]
+
+
+def supports(op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
+    if query.device.type != DEVICE:
+        return f"the tensors are on {query.device}"
+    if query.dtype not in TYPES:
+        return f"dtype {query.dtype}, it computes float32, bfloat16 and float16"
+    N, d = query.shape[2:]
+    if d > HEAD_DIMS[-1]:
+        return f"head_dim {d}, it goes up to {HEAD_DIMS[-1]}"
+    block_size = _dense_block(N) if layout is None else layout.block_size
+    if N % GRANULE or block_size % GRANULE:
+        what = f"length {N}" if layout is None else f"block_size {block_size}"
+        return f"{what}, it needs a multiple of {GRANULE}"
+    return _reason_too_large(query.device.index or 0, TYPES[query.dtype], d, block_size)
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    pruned: str,
+) -> Tensor:
+    lists = [layout.row_offsets, layout.row_columns, layout.column_offsets, layout.column_rows]
+    zero = pruned == "zero"
+    return _attention(query, key, value, key_padding_mask, lists, layout.block_size, scale, zero)
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, scale: float
+) -> Tensor:
+    # torch's flash attention takes no padding and no fp32; where it works it is hard to beat.
+    if query.is_cuda and key_padding_mask is None and query.dtype != torch.float32:
+        return reference.dense_attention(query, key, value, None, scale)
+    size = _dense_block(query.shape[2])
+    return _attention(query, key, value, key_padding_mask, [], size, scale, False)
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    groups: int,
+    full: bool,
+    mean_out: Tensor | None,
+    mean_weight: float,
+) -> AttentionStatistics:
+    B, H, N, d = query.shape
+    query, key = (F.pad(x, (0, _padded(d) - d)) for x in (query, key))
+    accumulate = mean_out is not None
+    if full and mean_out is None:
+        mean_out, mean_weight = query.new_empty(groups, N, N, dtype=torch.float32), 1.0
+    pieces = torch.ops.sat_cuda.statistics(
+        query, key, key_padding_mask, mean_out, scale, groups, accumulate, mean_weight
+    )
+    nb, parts = N // block_size, block_size // GRANULE
+    pooled = pieces.view(B, H, nb, parts, nb, parts).sum((3, 5), dtype=torch.float64)
+    pooled /= block_size**2
+    return AttentionStatistics(
+        mean_attention=mean_out,
+        pooled_mean=pooled.mean((0, 1)).float(),
+        pooled_square_mean=pooled.square().mean(),
+    )
+
+
+def _dense_block(length: int) -> int:
+    """Dense attention takes any rows together: the size that gives the largest tiles."""
+    return next((size for size in (64, 32) if length % size == 0), GRANULE)
+
+
+def _padded(head_dim: int) -> int:
+    return next(size for size in HEAD_DIMS if head_dim <= size)
+
+
+def _attention(query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero):
+    d = query.shape[3]
+    more = _padded(d) - d
+    if more:  # zeros change no score and add columns of zeros to the output
+        query, key, value = (F.pad(x, (0, more)) for x in (query, key, value))
+    out, _ = torch.ops.sat_cuda.attention(
+        query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero
+    )
+    return out[..., :d] if more else out
+
+
+# ---- the operators -------------------------------------------------------------------
+
+_operators = torch.library.Library("sat_cuda", "FRAGMENT")
+_operators.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor[] lists, "
+    "int block_size, float scale, bool pruned_zero) -> (Tensor out, Tensor lse)"
+)
+_operators.define(
+    "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor lse, Tensor? key_padding_mask, Tensor[] lists, int block_size, float scale, "
+    "bool pruned_zero) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+_operators.define(
+    "statistics(Tensor query, Tensor key, Tensor? key_padding_mask, Tensor(a!)? mean, "
+    "float scale, int groups, bool accumulate, float mean_weight) -> Tensor pieces"
+)
+
+
+def _forward(query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero):
+    out, lse = _empty_outputs(query)
+    call = _Call(query, key, key_padding_mask, block_size, scale)
+    call.set_lists(lists)
+    call.set(value=value, out=out)
+    call.struct.lse, call.struct.pruned_zero = lse.data_ptr(), pruned_zero
+    call.run("forward")
+    return out, lse
+
+
+def _backward(
+    dout, query, key, value, out, lse, key_padding_mask, lists, block_size, scale, pruned_zero
+):
+    dq, dk, dv = (_empty_like(query) for _ in range(3))
+    delta = torch.empty_like(lse)
+    call = _Call(query, key, key_padding_mask, block_size, scale)
+    call.set_lists(lists)
+    call.set(value=value, out=out, dout=dout, dq=dq, dk=dk, dv=dv)
+    call.struct.lse, call.struct.delta = lse.data_ptr(), delta.data_ptr()
+    call.struct.pruned_zero = pruned_zero
+    call.run("backward")
+    return dq, dk, dv
+
+
+def _statistics(query, key, key_padding_mask, mean, scale, groups, accumulate, mean_weight):
+    B, H, N, _ = query.shape
+    lse = query.new_empty(B, H, N, dtype=torch.float32)
+    pieces = _empty_pieces(query)
+    call = _Call(query, key, key_padding_mask, _dense_block(N), scale)
+    struct = call.struct
+    struct.lse, struct.pooled = lse.data_ptr(), pieces.data_ptr()
+    struct.mean = None if mean is None else mean.data_ptr()
+    struct.groups, struct.accumulate = groups, accumulate
+    struct.mean_factor = mean_weight / (B // groups * H)
+    call.run("statistics")
+    return pieces
+
+
+def _empty_like(query: Tensor) -> Tensor:
+    """[B, H, N, d]; in memory [B, N, H, d] if query's heads lie together: a projection's order."""
+    B, H, N, d = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty(B, N, H, d).transpose(1, 2)
+    return query.new_empty(B, H, N, d)
+
+
+def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _empty_pieces(query: Tensor) -> Tensor:
+    B, H, N, _ = query.shape
+    return query.new_empty(B, H, N // GRANULE, N // GRANULE, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, ctx.mask, ctx.lists, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _differentiate(ctx, dout, dlse):
+    query, key, value, out, lse = ctx.saved_tensors
+    grads = torch.ops.sat_cuda.attention_backward(
+        dout, query, key, value, out, lse, ctx.mask, ctx.lists, *ctx.settings
+    )
+    return *grads, None, [None] * len(ctx.lists), None, None, None
+
+
+# For any device, not "CUDA" alone: the tests run the same operators emulated on the CPU.
+_operators.impl("attention", _forward, "CompositeExplicitAutograd")
+_operators.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_operators.impl("statistics", _statistics, "CompositeExplicitAutograd")
+torch.library.register_fake("sat_cuda::attention", lambda query, *rest: _empty_outputs(query))
+torch.library.register_fake(
+    "sat_cuda::attention_backward",
+    lambda dout, query, *rest: tuple(_empty_like(query) for _ in range(3)),
+)
+torch.library.register_fake("sat_cuda::statistics", lambda query, *rest: _empty_pieces(query))
+torch.library.register_autograd(
+    "sat_cuda::attention", _differentiate, setup_context=_setup_context
+)
+
+
+# ---- the library (structs as in csrc/attention_cuda.cuh) ------------------------------
+
+
+class _SatTensor(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3))
+
+
+class _SatAttention(ctypes.Structure):
+    _fields_ = (
+        *((tensor, _SatTensor) for tensor in ("query", "key", "value", "out")),
+        *((tensor, _SatTensor) for tensor in ("dout", "dq", "dk", "dv")),
+        *((pointer, ctypes.c_void_p) for pointer in ("lse", "delta", "key_padding_mask")),
+        ("mask_strides", ctypes.c_int64 * 2),
+        *((pointer, ctypes.c_void_p) for pointer in ("row_offsets", "row_columns")),
+        *((pointer, ctypes.c_void_p) for pointer in ("column_offsets", "column_rows")),
+        *((pointer, ctypes.c_void_p) for pointer in ("mean", "pooled")),
+        *((size, ctypes.c_int64) for size in ("batch", "heads", "length", "head_dim")),
+        *((number, ctypes.c_int64) for number in ("block_size", "type", "pruned_zero")),
+        *((number, ctypes.c_int64) for number in ("groups", "accumulate")),
+        *((number, ctypes.c_double) for number in ("scale", "mean_factor")),
+    )
+
+
+class _Call:
+    """One call of the library; keeps what it points to alive until it is enqueued."""
+
+    def __init__(self, query, key, key_padding_mask, block_size, scale):
+        self.struct = struct = _SatAttention()
+        self.query, self.kept = query, []
+        self.set(query=query, key=key)
+        if key_padding_mask is not None:
+            self.kept.append(key_padding_mask)
+            struct.key_padding_mask = key_padding_mask.data_ptr()
+            struct.mask_strides[:] = key_padding_mask.stride()
+        struct.batch, struct.heads, struct.length, struct.head_dim = query.shape
+        struct.block_size, struct.type, struct.scale = block_size, TYPES[query.dtype], scale
+
+    def set(self, **tensors: Tensor) -> None:
+        for field, tensor in tensors.items():
+            tensor = _with_aligned_rows(tensor)
+            self.kept.append(tensor)
+            setattr(self.struct, field, _SatTensor(tensor.data_ptr(), tensor.stride()[:3]))
+
+    def set_lists(self, lists: list[Tensor]) -> None:
+        if lists:
+            self.kept += lists
+            self.struct.row_offsets, self.struct.row_columns = (x.data_ptr() for x in lists[:2])
+            self.struct.column_offsets, self.struct.column_rows = (x.data_ptr() for x in lists[2:])
+
+    def run(self, what: str) -> None:
+        library, reason = _load()
+        if library is None:
+            raise RuntimeError(reason)
+        function = getattr(library, f"sat_cuda_{what}")
+        if self.query.is_cuda:
+            device = self.query.device
+            # The library sets its device too, behind torch's back: the guard puts it right again.
+            with torch.cuda.device(device):
+                stream = torch.cuda.current_stream(device).cuda_stream
+                status = function(ctypes.byref(self.struct), device.index, stream)
+        else:
+            status = function(ctypes.byref(self.struct), 0, None)
+        if status != 0:
+            raise RuntimeError(f"CUDA attention failed ({what}): {_error(library, status)}")
+
+
+def _with_aligned_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if its rows are not whole or do not start at multiples of 16 bytes."""
+    *outer, inner = tensor.stride()
+    aligned = inner == 1 and tensor.data_ptr() % 16 == 0
+    if aligned and all(stride * tensor.element_size() % 16 == 0 for stride in outer):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _reason_too_large(device: int, type: int, head_dim: int, block_size: int) -> str | None:
+    library, reason = _load()
+    if library is None:
+        return reason
+    struct = _SatAttention()
+    struct.type, struct.head_dim, struct.block_size = type, _padded(head_dim), block_size
+    struct.length = struct.groups = 1
+    status = library.sat_cuda_fits(ctypes.byref(struct), device)
+    return None if status == 0 else _error(library, status)
+
+
+def _error(library: ctypes.CDLL, status: int) -> str:
+    return library.sat_cuda_error(status).decode()
+
+
+def source_hash() -> str | None:
+    """sha256 over csrc/*.cu, then csrc/*.cuh, by name, as build_cuda.sh has it. None without."""
+    sources = LIBRARY.parent / "csrc"
+    files = sorted(sources.glob("*.cu")) + sorted(sources.glob("*.cuh"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or the reason in one sentence why there is none."""
+    if not torch.cuda.is_available():
+        return None, "torch finds no CUDA device"
+    if not LIBRARY.exists():
+        return None, f"{LIBRARY.name} is not built: run `sh compile.sh` where nvcc is installed"
+    try:
+        library = declare(ctypes.CDLL(str(LIBRARY)))
+        abi, built_from = library.sat_abi_version(), library.sat_source_hash().decode()
+    except (OSError, AttributeError) as error:
+        return None, f"{LIBRARY.name} cannot be loaded ({error}): run `sh compile.sh` again"
+    if abi != ABI or source_hash() not in (None, built_from):
+        return None, f"{LIBRARY.name} was built from other sources than these: run `sh compile.sh`"
+    return library, None
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions set."""
+    library.sat_source_hash.restype = ctypes.c_char_p
+    library.sat_cuda_error.restype = ctypes.c_char_p
+    attention = ctypes.POINTER(_SatAttention)
+    for what in ("forward", "backward", "statistics"):
+        function = getattr(library, f"sat_cuda_{what}")
+        function.argtypes = (attention, ctypes.c_int, ctypes.c_void_p)
+    library.sat_cuda_fits.argtypes = (attention, ctypes.c_int)
+    return library

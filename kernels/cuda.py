@@ -170,11 +170,12 @@ def _backward(
 
 def _statistics(query, key, key_padding_mask, mean, scale, groups, accumulate, mean_weight):
     B, H, N, _ = query.shape
-    lse = query.new_empty(B, H, N, dtype=torch.float32)
+    rows = query.new_empty(2, B, H, N, dtype=torch.float32)
     pieces = _empty_pieces(query)
     call = _Call(query, key, key_padding_mask, _dense_block(N), scale)
     struct = call.struct
-    struct.lse, struct.pooled = lse.data_ptr(), pieces.data_ptr()
+    struct.lse, struct.delta = rows[0].data_ptr(), rows[1].data_ptr()
+    struct.pooled = pieces.data_ptr()
     struct.mean = None if mean is None else mean.data_ptr()
     struct.groups, struct.accumulate = groups, accumulate
     struct.mean_factor = mean_weight / (B // groups * H)

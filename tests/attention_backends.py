@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import emulated_cuda
 import pytest
 import torch
 from torch import Tensor
@@ -34,9 +35,12 @@ class Case:
     skip: Callable[[], str | None] = lambda: None  # why this path cannot run here
     ops: tuple[str, ...] = ("sparse", "dense", "statistics")
     num_examples: int = 300  # of hypothesis in the fast tests; fewer for emulated devices
+    max_tokens: int = 2**62  # B * N that it computes in a reasonable time
 
-    def require(self, *, op="sparse", dtype=FP32, head_dim=32, block_size=32) -> None:
+    def require(self, *, op="sparse", dtype=FP32, head_dim=32, block_size=32, tokens=0) -> None:
         """Skip what this case does not claim; a claim that fails is a failed test."""
+        if tokens > self.max_tokens:
+            pytest.skip(f"{self.id} would take too long for {tokens} tokens")
         claims = (
             (op, self.ops),
             (dtype, self.dtypes),
@@ -48,22 +52,30 @@ class Case:
                 pytest.skip(f"{self.id} does not claim {value}")
 
 
-CASES = [Case("reference", "reference", dtypes=(FP32, BF16, FP16, FP64))]
+CASES = [
+    Case("reference", "reference", dtypes=(FP32, BF16, FP16, FP64)),
+    Case("cuda", "cuda", device="cuda"),
+    Case("cuda-emulated", "cuda", activate=emulated_cuda.active, num_examples=50, max_tokens=2048),
+]
 
 
 def pytest_params(op: str) -> list:
     """The cases that claim `op`, as parameters of a fixture."""
-    return [pytest.param(case, id=case.id) for case in CASES if op in case.ops]
+    return [
+        pytest.param(case, id=case.id, marks=[pytest.mark.gpu] if case.device == "cuda" else [])
+        for case in CASES
+        if op in case.ops
+    ]
 
 
 def activated(case: Case):
     """Body of the `case` fixture: skip what cannot run on this machine, switch the path on."""
-    reason = available_backends()[case.backend]
-    if reason is not True:
-        pytest.skip(f"{case.backend}: {reason}")
     if reason := case.skip():
         pytest.skip(f"{case.id}: {reason}")
     with case.activate():
+        reason = available_backends()[case.backend]
+        if reason is not True:
+            pytest.skip(f"{case.backend}: {reason}")
         yield case
 
 

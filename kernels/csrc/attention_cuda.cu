@@ -43,9 +43,9 @@ SAT_EXPORT int sat_cuda_backward(const SatAttention* attention, int device, void
     return status ? status : run_pass(sat::kBackwardColumns, *attention, device, stream, true);
 }
 
-// lse, then mean and pooled.
+// mean and pooled, by way of lse and delta.
 SAT_EXPORT int sat_cuda_statistics(const SatAttention* attention, int device, void* stream) {
-    const int status = run_pass(sat::kLogDenominator, *attention, device, stream, true);
+    const int status = run_pass(sat::kDenominator, *attention, device, stream, true);
     return status ? status : run_pass(sat::kStatistics, *attention, device, stream, true);
 }
 

@@ -24,8 +24,9 @@ struct SatTensor {
 
 struct SatAttention {
     SatTensor query, key, value, out, dout, dq, dk, dv;    // [B, H, N, D]
-    float* lse;      // [B, H, N] log2 of the softmax denominator; +inf for a row that attends nothing
-    float* delta;    // [B, H, N] sum of out * dout over d
+    // [B, H, N] log2 of the softmax denominator, +inf for a row that attends nothing; sum of out * dout over d. The
+    // statistics keep the largest score and 1 / denominator there: their sums would feel the rounding of a large lse.
+    float *lse, *delta;
     const uint8_t* key_padding_mask;    // [B, N], 1 = real; null: all are
     int64_t mask_strides[2];
     // Kept blocks by row and by column as in BlockLayout; null: every block.
@@ -42,7 +43,7 @@ struct SatAttention {
 
 namespace sat {
 
-enum Pass { kForward, kLogDenominator, kBackwardRows, kBackwardColumns, kStatistics };
+enum Pass { kForward, kDenominator, kBackwardRows, kBackwardColumns, kStatistics };
 
 // Launches one pass, or with `launch` false only finds out its shared memory. A cudaError_t, or kTooLarge.
 constexpr int kTooLarge = -1;    // needs more shared memory than the device has
@@ -199,7 +200,7 @@ __device__ __forceinline__ void add_weighted(float (&sums)[D / 16][2][4], const 
     }
 }
 
-// out and lse; without kOutput only lse.
+// out and lse; without kOutput instead a row's largest score (in lse) and 1 / sum of 2^(s - largest) (in delta).
 template <class E, int D, int M, int K, bool kOutput>
 __global__ void __launch_bounds__(M * 2) forward_kernel(const __grid_constant__ SatAttention p) {
     using T = Tile<E, D>;
@@ -253,12 +254,9 @@ __global__ void __launch_bounds__(M * 2) forward_kernel(const __grid_constant__ 
 #pragma unroll
         for (int j = 0; j < K / 8; ++j)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float& s = scores[j / 2][j % 2][i];
-                s *= scale;
-                if (p.key_padding_mask && !keys.real(column_of(j, i))) s = -kInfinity;
-                top[i / 2] = fmaxf(top[i / 2], s);
-            }
+            for (int i = 0; i < 4; ++i)
+                if (!p.key_padding_mask || keys.real(column_of(j, i)))
+                    top[i / 2] = fmaxf(top[i / 2], scores[j / 2][j % 2][i] * scale);
         float base[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -277,8 +275,10 @@ __global__ void __launch_bounds__(M * 2) forward_kernel(const __grid_constant__ 
         for (int j = 0; j < K / 8; ++j)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
+                // Rounded once, as in the backward pass: their probabilities have to agree for dq to sum up right.
                 float& s = scores[j / 2][j % 2][i];
-                s = exp2_fast(s - base[i / 2]);
+                s = exp2_fast(fmaf(s, scale, -base[i / 2]));
+                if (p.key_padding_mask && !keys.real(column_of(j, i))) s = 0;
                 denominator[i / 2] += s;
             }
         if constexpr (kOutput) add_weighted<E, D, K / 16>(out, scores, S::stage(tile, 1), 0);
@@ -289,9 +289,14 @@ __global__ void __launch_bounds__(M * 2) forward_kernel(const __grid_constant__ 
     for (int r = 0; r < 2; ++r) {
         const float total = quad_sum(denominator[r]);
         inverse[r] = total > 0 ? 1 / total : 0.0f;
-        const int mine = place.row0 + row + lane / 4 + r * 8;
-        if (lane % 4 == 0)
-            p.lse[place.batch_head * p.length + mine] = total > 0 ? highest[r] + log2_fast(total) : kInfinity;
+        if (lane % 4) continue;
+        const int64_t mine = place.batch_head * p.length + place.row0 + row + lane / 4 + r * 8;
+        if constexpr (kOutput) {
+            p.lse[mine] = total > 0 ? highest[r] + log2_fast(total) : kInfinity;
+        } else {
+            p.lse[mine] = total > 0 ? highest[r] : 0.0f;
+            p.delta[mine] = inverse[r];
+        }
     }
     if constexpr (kOutput)
         T::store(S::resident(0), row, out, inverse[0], inverse[1],
@@ -500,7 +505,7 @@ __device__ __forceinline__ int distributed_sum(float (&values)[n]) {
     return lane / (32 / n);
 }
 
-// mean and pooled from lse. A thread block (2 M threads) owns an M x M piece of [N, N] of one group and walks the
+// mean and pooled from what kDenominator left. A thread block (2 M threads) owns an M x M piece of [N, N] of one group and walks the
 // batch and heads of that group; the mean stays in registers all the while.
 template <class E, int D, int M>
 __global__ void __launch_bounds__(M * 2) statistics_kernel(const __grid_constant__ SatAttention p) {
@@ -528,9 +533,9 @@ __global__ void __launch_bounds__(M * 2) statistics_kernel(const __grid_constant
                                       row_bytes<E>(p.key), num_columns);
         const int chunk = static_cast<int>(threadIdx.x);
         if (chunk < M / 4) {
-            const float* lse = p.lse + (batch * heads + head) * p.length + row0;
-            copy_async_16(S::floats(index) + chunk * 4, lse + (chunk * 4 < num_rows ? chunk * 4 : 0),
-                          chunk * 4 < num_rows);
+            const int64_t from = (batch * heads + head) * p.length + row0 + (chunk * 4 < num_rows ? chunk * 4 : 0);
+            copy_async_16(S::floats(index) + chunk * 4, p.lse + from, chunk * 4 < num_rows);
+            copy_async_16(S::floats(index) + M + chunk * 4, p.delta + from, chunk * 4 < num_rows);
         }
         copy_commit();
     };
@@ -546,21 +551,27 @@ __global__ void __launch_bounds__(M * 2) statistics_kernel(const __grid_constant
         if (index + 1 < walk) copy_tile(index + 1);
         Rows<E, D> rows(S::stage(index, 0), row);
         rows.load();
-        const float lse[2] = {S::floats(index)[row + lane / 4], S::floats(index)[row + lane / 4 + 8]};
-        float sums[M / 16] = {};    // of p over this lane's part of each 16 x 16 piece
+        const float* largest = S::floats(index) + row + lane / 4;
+        const float highest[2] = {largest[0], largest[8]}, inverse[2] = {largest[M], largest[M + 8]};
+        float sums[M / 16];    // of p over this lane's part of each 16 x 16 piece
 #pragma unroll
         for (int first = 0; first < M; first += 32) {
             float probs[2][2][4];
             products<E, D, 2>(probs, rows, S::stage(index, 1), first);
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
+            for (int j = 0; j < 2; ++j) {
+                float of_row[2] = {};
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float s = exp2_fast(fmaf(probs[j / 2][j % 2][i], scale, -lse[i / 2]));
-                    if (p.key_padding_mask && !keys.real(first + column_of(j, i))) s = 0;
-                    mean[first / 16 + j / 2][j % 2][i] += s;
-                    sums[first / 16 + j / 2] += s;
+                for (int i = 0; i < 8; ++i) {
+                    const int r = i / 2 % 2;
+                    float s = exp2_fast(fmaf(probs[j][i / 4][i % 4], scale, -highest[r]));
+                    if (p.key_padding_mask && !keys.real(first + j * 16 + column_of(i / 4, i % 4))) s = 0;
+                    of_row[r] += s;
+                    float& sum = mean[first / 16 + j][i / 4][i % 4];
+                    sum = fmaf(s, inverse[r], sum);
                 }
+                sums[first / 16 + j] = of_row[0] * inverse[0] + of_row[1] * inverse[1];
+            }
         }
         const int column = distributed_sum(sums) * 16;
         if (lane % (32 / (M / 16)) == 0 && row < num_rows && column < num_columns) {
@@ -599,7 +610,7 @@ int run_rows(const Run& run, const SatAttention& p) {
     switch (run.pass) {
         case kForward:
             return go(forward_kernel<E, D, M, K, true>, Shared<E, D, M, K, 1>::kTotal);
-        case kLogDenominator:
+        case kDenominator:
             return go(forward_kernel<E, D, M, K, false>, Shared<E, D, M, K, 1>::kTotal);
         case kBackwardRows:
             return go(backward_rows_kernel<E, D, M, K>, Shared<E, D, M, K, 2>::kTotal);

@@ -77,6 +77,42 @@ SAT_INLINE vec exp2(vec x) {
     return reinterpret_cast<vec>(reinterpret_cast<ivec>(p) + (reinterpret_cast<ivec>(shifted) << 23));
 }
 
+// log2 of positive normal numbers, error below 2e-7 * max(1, |log2 x|).
+SAT_INLINE vec log2(vec x) {
+    // x = 2^e m with m in [sqrt(1/2), sqrt(2)).
+    ivec shifted = reinterpret_cast<ivec>(x) - 0x3f3504f3;
+    ivec e = shifted >> 23;
+    vec m = reinterpret_cast<vec>((shifted & 0x7fffff) + 0x3f3504f3);
+    // log2 m = 2 / ln 2 * artanh((m - 1) / (m + 1)).
+    vec s = (m - 1.0f) / (m + 1.0f);
+    vec t = s * s;
+    vec p = splat(0.32059889f);    // 2 / ln 2 / 9
+    p = p * t + 0.41219858f;
+    p = p * t + 0.57707802f;
+    p = p * t + 0.96179669f;
+    p = p * t + 2.8853901f;
+    return p * s + __builtin_convertvector(e, vec);
+}
+
+// Transposes the W x W matrix whose rows are x[0 .. W).
+SAT_INLINE void transpose(vec (&x)[W]) {
+#pragma GCC unroll 8
+    for (int s = W / 2; s > 0; s /= 2) {
+        ivec low, high;    // swap the off-diagonal s x s blocks
+        for (int lane = 0; lane < W; ++lane) {
+            low[lane] = lane & s ? W + lane - s : lane;
+            high[lane] = lane & s ? W + lane : lane + s;
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r)
+            if (!(r & s)) {
+                vec a = x[r], b = x[r + s];
+                x[r] = __builtin_shuffle(a, b, low);
+                x[r + s] = __builtin_shuffle(a, b, high);
+            }
+    }
+}
+
 SAT_INLINE float sum(vec x) {
     float total = x[0];
     for (int i = 1; i < W; ++i) total += x[i];

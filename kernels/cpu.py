@@ -1,0 +1,221 @@
+"""Attention in C++ (csrc/attention*.cpp): the backend `cpu`.
+
+Shape letters: B batch, H heads, N padded length, d head_dim, bs block_size, nb = N / bs.
+
+The kernels are torch operators (sat::attention and its backward, sat::attention_statistics), so
+autograd and torch.compile see them as one node. They allocate nothing larger than a block besides
+their outputs, and give the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import native
+from kernels.layout import BlockLayout
+from kernels.statistics import AttentionStatistics
+
+name = "cpu"
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # SatType in csrc/abi.h
+GRANULE = 16  # head_dim and block_size are multiples of it in C++
+LARGEST = 128
+
+
+@torch.compiler.assume_constant_result
+def reason_unavailable() -> str | None:
+    return native.reason_unavailable()
+
+
+def supports(op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
+    if query.device.type != "cpu":
+        return f"the tensors are on {query.device}"
+    if query.dtype not in TYPES:
+        return f"dtype {query.dtype}, it computes float32 and bfloat16"
+    if op == "attention_statistics":
+        return "not built yet"
+    if query.shape[3] > LARGEST:
+        return f"head_dim {query.shape[3]}, it goes up to {LARGEST}"
+    size = _dense_block(query.shape[2]) if layout is None else layout.block_size
+    if size % GRANULE or not GRANULE <= size <= LARGEST:
+        what = f"length {query.shape[2]}" if layout is None else f"block_size {size}"
+        return f"{what}, it needs a multiple of {GRANULE}, for blocks at most {LARGEST}"
+    return None
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    pruned: str,
+) -> Tensor:
+    lists = [layout.row_offsets, layout.row_columns, layout.column_offsets, layout.column_rows]
+    zero = pruned == "zero"
+    return _attention(query, key, value, key_padding_mask, lists, layout.block_size, scale, zero)
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, scale: float
+) -> Tensor:
+    size = _dense_block(query.shape[2])
+    return _attention(query, key, value, key_padding_mask, [], size, scale, False)
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    groups: int,
+    full: bool,
+    mean_out: Tensor | None,
+    mean_weight: float,
+) -> AttentionStatistics:
+    raise NotImplementedError
+
+
+def _dense_block(length: int) -> int:
+    """Rows that dense attention takes together: the largest size that divides the length."""
+    return next((size for size in (128, 64, 32, 16) if length % size == 0), length)
+
+
+def _attention(query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero):
+    d = query.shape[3]
+    if d % GRANULE:  # zeros change no score and add columns of zeros to the output
+        more = GRANULE - d % GRANULE
+        query, key, value = (F.pad(x, (0, more)) for x in (query, key, value))
+    out, _ = torch.ops.sat.attention(
+        query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero
+    )
+    return out[..., :d] if d % GRANULE else out
+
+
+# ---- the operators ----
+
+_library = torch.library.Library("sat", "FRAGMENT")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor[] lists, "
+    "int block_size, float scale, bool pruned_zero) -> (Tensor out, Tensor lse)"
+)
+_library.define(
+    "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor lse, Tensor? key_padding_mask, Tensor[] lists, int block_size, float scale, "
+    "bool pruned_zero) -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
+)
+
+
+def _forward(query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero):
+    out, lse = _empty_outputs(query)
+    call = _Call(query, key, value, lse, key_padding_mask, lists, block_size, scale, pruned_zero)
+    call.struct.out = _tensor(out)
+    if query.numel():
+        status = native.load().sat_attention_forward(ctypes.byref(call.struct))
+        native.check(status, "sat_attention_forward")
+    return out, lse
+
+
+def _backward(
+    dout, query, key, value, out, lse, key_padding_mask, lists, block_size, scale, pruned_zero
+):
+    dquery, dkey, dvalue = (_empty_like(query) for _ in range(3))
+    call = _Call(query, key, value, lse, key_padding_mask, lists, block_size, scale, pruned_zero)
+    struct = call.struct
+    struct.out, struct.dout = _tensor(out), _tensor(dout)
+    struct.dquery, struct.dkey, struct.dvalue = _tensor(dquery), _tensor(dkey), _tensor(dvalue)
+    if query.numel():
+        status = native.load().sat_attention_backward(ctypes.byref(struct))
+        native.check(status, "sat_attention_backward")
+    return dquery, dkey, dvalue
+
+
+def _empty_like(query: Tensor) -> Tensor:
+    """[B, H, N, d]; in memory [B, N, H, d] if query's heads lie together (a projection)."""
+    B, H, N, d = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty(B, N, H, d).transpose(1, 2)
+    return query.new_empty(B, H, N, d)
+
+
+def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, ctx.mask, ctx.lists, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _differentiate(ctx, dout, dlse):
+    query, key, value, out, lse = ctx.saved_tensors
+    grads = torch.ops.sat.attention_backward(
+        dout, query, key, value, out, lse, ctx.mask, ctx.lists, *ctx.settings
+    )
+    return *grads, None, [None] * len(ctx.lists), None, None, None
+
+
+_library.impl("attention", _forward, "CPU")
+_library.impl("attention_backward", _backward, "CPU")
+torch.library.register_fake("sat::attention", lambda query, *rest: _empty_outputs(query))
+torch.library.register_fake(
+    "sat::attention_backward", lambda dout, query, *rest: tuple(_empty_like(query) for _ in "qkv")
+)
+torch.library.register_autograd("sat::attention", _differentiate, setup_context=_setup_context)
+
+
+# ---- the C side's structs (csrc/attention.h) ----
+
+
+class _SatTensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)] + [
+        (stride, ctypes.c_int64) for stride in ("batch", "head", "row", "column")
+    ]
+
+
+class _SatAttention(ctypes.Structure):
+    _fields_ = [
+        *((tensor, _SatTensor) for tensor in ("query", "key", "value", "out")),
+        *((tensor, _SatTensor) for tensor in ("dout", "dquery", "dkey", "dvalue")),
+        ("lse", ctypes.c_void_p),
+        ("real", ctypes.c_void_p),
+        ("row_offsets", ctypes.c_void_p),
+        ("row_columns", ctypes.c_void_p),
+        ("column_offsets", ctypes.c_void_p),
+        ("column_rows", ctypes.c_void_p),
+        *((size, ctypes.c_int64) for size in ("B", "H", "N", "d", "bs")),
+        ("type", ctypes.c_int64),
+        ("pruned_zero", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def _tensor(tensor: Tensor) -> _SatTensor:
+    return _SatTensor(tensor.data_ptr(), *tensor.stride())
+
+
+class _Call:
+    """The fields that both passes need; keeps what they point to alive."""
+
+    def __init__(
+        self, query, key, value, lse, key_padding_mask, lists, block_size, scale, pruned_zero
+    ):
+        self.mask = None if key_padding_mask is None else key_padding_mask.contiguous()
+        self.struct = struct = _SatAttention()
+        struct.query, struct.key, struct.value = _tensor(query), _tensor(key), _tensor(value)
+        struct.lse = lse.data_ptr()
+        struct.real = None if self.mask is None else self.mask.data_ptr()
+        if lists:
+            struct.row_offsets, struct.row_columns = lists[0].data_ptr(), lists[1].data_ptr()
+            struct.column_offsets, struct.column_rows = lists[2].data_ptr(), lists[3].data_ptr()
+        struct.B, struct.H, struct.N, struct.d = query.shape
+        struct.bs, struct.type = block_size, TYPES[query.dtype]
+        struct.pruned_zero, struct.scale = pruned_zero, scale
+        struct.threads = torch.get_num_threads()

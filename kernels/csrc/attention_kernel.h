@@ -1,0 +1,624 @@
+// Block-sparse attention, written once for every instruction set.
+//
+// The unit of work is a tile: TI queries by TJ keys of one (batch, head). Its scores are held transposed, [TJ][TI],
+// so that vector lanes are queries:
+//   - the softmax needs no reduction across lanes, and a padded key is a row that is set to zero;
+//   - only Q (and dO) of the row of blocks at hand are repacked as [d][TI]; K and V are read where they are.
+// The other factor of every product is broadcast one element at a time:
+//     S[j][i] = sum_c K[j][c] Qt[c][i]      dP[j][i] = sum_c V[j][c] dOt[c][i]       lanes: queries
+//     O[i][c] += sum_j P[j][i] V[j][c]      dQ[i][c] += sum_j dS[j][i] K[j][c]       lanes: head_dim
+//     dV[j][c] += sum_i P[j][i] dO[i][c]    dK[j][c] += sum_i dS[j][i] Q[i][c]       lanes: head_dim
+// What would be passes over the tile is folded into the packed factor (scale and log2 e) and into the starting values of
+// the accumulators (-lse, -D).
+//
+// The forward pass takes exp2 of the raw scores, without a pass for the maximum: pruned logits are 0, so 0 is the natural
+// reference. Rows whose sum leaves the safe range are done again, with their true maximum.
+//
+// The result has the same bits for any number of threads: every output element is the sum of the same tiles in the same
+// order, whether one thread owns a (batch, head) or its rows and columns of blocks are spread over threads.
+//
+// Shape letters as in attention.h; TI, TJ sides of a tile; c an index into d.
+#include <omp.h>
+#include <stdlib.h>
+
+#include "attention.h"
+#include "simd.h"
+
+namespace SAT_ISA_NAMESPACE {
+namespace {
+
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float HUGE_LSE = 1e30f;       // stands for +inf in kernels: exp2(s - HUGE_LSE) is 2^-126, no NaN
+constexpr float SAFE_SUM = 0x1p60f;     // unnormalised sums within [1 / SAFE_SUM, SAFE_SUM] keep full precision
+constexpr int MAX_BLOCK = 128;
+
+#if SAT_WIDTH == 8
+constexpr int REGISTERS = 16;
+#else
+constexpr int REGISTERS = 32;
+#endif
+constexpr int MAX_PANEL = 4;    // vectors side by side in a product's accumulators
+
+// Rows of a product's accumulators: NR * NV of them, NV loaded vectors or one, and NR broadcasts must fit the registers.
+constexpr int rows_at_once(int vectors) { return (REGISTERS - 4) / vectors < 12 ? (REGISTERS - 4) / vectors : 12; }
+
+// ---- products ----
+
+// NR x NV accumulators over `depth`, then emit(row, accumulators).
+template <int NR, int NV, class Emit>
+SAT_INLINE void micro(int row, long depth, const float* a, long a_row, long a_depth, const float* b, long b_depth,
+                      const float* start, Emit& emit) {
+    vec acc[NR][NV];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+        vec first = start ? load(start + v * W) : vec{};
+#pragma GCC unroll 16
+        for (int r = 0; r < NR; ++r) acc[r][v] = first;
+    }
+    a += row * a_row;
+#pragma GCC unroll 2
+    for (long k = 0; k < depth; ++k) {
+        vec x[NR];
+#pragma GCC unroll 16
+        for (int r = 0; r < NR; ++r) x[r] = splat(a[r * a_row + k * a_depth]);
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) {
+            vec y = load(b + k * b_depth + v * W);
+#pragma GCC unroll 16
+            for (int r = 0; r < NR; ++r) acc[r][v] += x[r] * y;
+        }
+    }
+    emit(row, acc);
+}
+
+template <int NR, int NV, class Emit>
+SAT_INLINE void micro_rest(int rest, int row, long depth, const float* a, long a_row, long a_depth, const float* b,
+                           long b_depth, const float* start, Emit& emit) {
+    if constexpr (NR > 0) {
+        if (rest == NR)
+            micro<NR, NV>(row, depth, a, a_row, a_depth, b, b_depth, start, emit);
+        else
+            micro_rest<NR - 1, NV>(rest, row, depth, a, a_row, a_depth, b, b_depth, start, emit);
+    }
+}
+
+// C[r][lanes] for ROWS rows and NV vectors: start + sum_k a[r * a_row + k * a_depth] * b[k * b_depth + lanes].
+template <int ROWS, int NV, class Emit>
+SAT_INLINE void panel(long depth, const float* a, long a_row, long a_depth, const float* b, long b_depth,
+                      const float* start, Emit emit) {
+    constexpr int NR = rows_at_once(NV);
+    constexpr int WHOLE = ROWS / NR * NR;
+    for (int row = 0; row < WHOLE; row += NR) micro<NR, NV>(row, depth, a, a_row, a_depth, b, b_depth, start, emit);
+    micro_rest<NR - 1, NV>(ROWS - WHOLE, WHOLE, depth, a, a_row, a_depth, b, b_depth, start, emit);
+}
+
+// c[r][lanes] += sum_k a * b over `columns` lanes, a multiple of 16 (and of W).
+template <int ROWS, int NV = MAX_PANEL>
+SAT_INLINE void add_product(long depth, const float* a, long a_row, long a_depth, const float* b, long b_depth, float* c,
+                            long c_row, int columns) {
+    int first = 0;
+    for (; first + NV * W <= columns; first += NV * W)
+        panel<ROWS, NV>(depth, a, a_row, a_depth, b + first, b_depth, nullptr, [&](int row, auto& acc) {
+            constexpr int NR = sizeof(acc) / sizeof(acc[0]);
+#pragma GCC unroll 16
+            for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+                for (int v = 0; v < NV; ++v) {
+                    float* p = c + (row + r) * c_row + first + v * W;
+                    store(p, load(p) + acc[r][v]);
+                }
+        });
+    if constexpr (NV > 1)
+        if (first < columns)
+            add_product<ROWS, NV - 1>(depth, a, a_row, a_depth, b + first, b_depth, c + first, c_row, columns - first);
+}
+
+// ---- tensors ----
+
+// Rows of fp32 with unit column stride.
+struct Rows {
+    const float* data;
+    long stride;
+    const float* row(long i) const { return data + i * stride; }
+};
+
+const char* head_of(const SatTensor& t, int64_t type, long b, long h) {
+    return static_cast<const char*>(t.data) + (b * t.batch + h * t.head) * (type == SAT_FLOAT32 ? 4 : 2);
+}
+
+// Rows [first, first + count) of one head: in place where they are fp32 with unit stride, else converted to `scratch`.
+Rows rows_of(const SatTensor& t, int64_t type, const char* head, long first, int count, int d, float* scratch) {
+    if (type == SAT_FLOAT32) {
+        const float* p = reinterpret_cast<const float*>(head) + first * t.row;
+        if (t.column == 1) return {p, t.row};
+        for (int i = 0; i < count; ++i)
+            for (int c = 0; c < d; ++c) scratch[i * d + c] = p[i * t.row + c * t.column];
+    } else {
+        const bf16* p = reinterpret_cast<const bf16*>(head) + first * t.row;
+        for (int i = 0; i < count; ++i)
+            if (t.column == 1)
+                for (int c = 0; c < d; c += W) store(scratch + i * d + c, load(p + i * t.row + c));
+            else
+                for (int c = 0; c < d; ++c) scratch[i * d + c] = to_float(p[i * t.row + c * t.column]);
+    }
+    return {scratch, d};
+}
+
+// Writes rows scratch[i][c] * factor[i] to rows [first, first + count) of a head.
+void write_rows(const SatTensor& t, int64_t type, const char* head, long first, int count, int d, const float* scratch,
+                const float* factor) {
+    for (int i = 0; i < count; ++i)
+        for (int c = 0; c < d; c += W) {
+            vec x = load(scratch + i * d + c) * factor[i];
+            if (type == SAT_FLOAT32)
+                store(const_cast<float*>(reinterpret_cast<const float*>(head)) + (first + i) * t.row + c, x);
+            else
+                store(const_cast<bf16*>(reinterpret_cast<const bf16*>(head)) + (first + i) * t.row + c, x);
+        }
+}
+
+// [count][d] -> tiles of [d][TI], times `factor`.
+template <int TI>
+void pack(Rows rows, int count, int d, float factor, float* packed) {
+    for (int i = 0; i < count; i += W) {
+        float* tile = packed + i / TI * TI * d + i % TI;
+        for (int c = 0; c < d; c += W) {
+            vec x[W];
+#pragma GCC unroll 16
+            for (int r = 0; r < W; ++r) x[r] = load(rows.row(i + r) + c) * factor;
+            transpose(x);
+#pragma GCC unroll 16
+            for (int r = 0; r < W; ++r) store(tile + (c + r) * TI, x[r]);
+        }
+    }
+}
+
+// ---- padding ----
+
+enum KeysState : uint8_t { NO_KEY, SOME_KEYS, ALL_KEYS };
+
+KeysState state_of(const uint8_t* real, int count) {
+    if (!real) return ALL_KEYS;
+    int n = 0;
+    for (int j = 0; j < count; ++j) n += real[j] != 0;
+    return n == 0 ? NO_KEY : n == count ? ALL_KEYS : SOME_KEYS;
+}
+
+// ---- scratch ----
+
+// Hands out 64-byte aligned pieces of one allocation.
+class Scratch {
+  public:
+    explicit Scratch(size_t floats) : base_(nullptr), next_(nullptr) {
+        if (posix_memalign(reinterpret_cast<void**>(&base_), 64, (floats + 1024) * sizeof(float)) != 0) base_ = nullptr;
+        next_ = base_;
+    }
+    ~Scratch() { free(base_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    bool failed() const { return !base_; }
+    float* take(size_t floats) {
+        float* piece = next_;
+        next_ += (floats + 15) / 16 * 16;
+        return piece;
+    }
+
+  private:
+    float *base_, *next_;
+};
+
+// ---- kept blocks ----
+
+// The blocks of a row (or column): all of them where there are no lists.
+struct Blocks {
+    const int32_t* list;
+    int count;
+    int operator[](int n) const { return list ? list[n] : n; }
+};
+
+Blocks blocks_of(const int32_t* offsets, const int32_t* list, long index, long nb) {
+    if (!offsets) return {nullptr, static_cast<int>(nb)};
+    return {list + offsets[index], offsets[index + 1] - offsets[index]};
+}
+
+// ---- forward ----
+
+template <int D, int TI, int TJ>
+struct Kernel {
+    static constexpr int NV = TI / W;    // vectors of queries in a tile
+    const SatAttention& call;
+    const int d;
+    const int bs;
+    const long nb;
+
+    explicit Kernel(const SatAttention& c)
+        : call(c), d(D ? D : static_cast<int>(c.d)), bs(static_cast<int>(c.bs)), nb(c.N / c.bs) {}
+
+    static_assert(TI % W == 0 && NV <= MAX_PANEL, "a tile is at most one panel wide");
+
+    const uint8_t* real_of(long b) const { return call.real ? call.real + b * call.N : nullptr; }
+
+    // p[j][i] = exp2(reference[i] + k_j . qt_i), zero at padded keys; adds the sums over j to total[i].
+    static __attribute__((noinline)) void exp_scores(int d_, const Rows& k, const float* qt, const float* reference,
+                                                     const uint8_t* real, float* p, float* total) {
+        const int dim = D ? D : d_;
+        vec sums[NV];
+        for (int v = 0; v < NV; ++v) sums[v] = vec{};
+        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, reference, [&](int row, auto& acc) {
+            constexpr int NR = sizeof(acc) / sizeof(acc[0]);
+#pragma GCC unroll 16
+            for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+                for (int v = 0; v < NV; ++v) store(p + (row + r) * TI + v * W, acc[r][v]);
+        });
+        for (int j = 0; j < TJ; ++j)
+            if (real && !real[j])
+                for (int v = 0; v < NV; ++v) store(p + j * TI + v * W, vec{});
+            else
+#pragma GCC unroll 16
+                for (int v = 0; v < NV; ++v) {
+                    vec x = exp2(load(p + j * TI + v * W));
+                    sums[v] += x;
+                    store(p + j * TI + v * W, x);
+                }
+        for (int v = 0; v < NV; ++v) store(total + v * W, load(total + v * W) + sums[v]);
+    }
+
+    // top[i] = max over real keys of k_j . qt_i and top[i].
+    static __attribute__((noinline)) void max_scores(int d_, const Rows& k, const float* qt, const uint8_t* real,
+                                                     float* top) {
+        const int dim = D ? D : d_;
+        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, nullptr, [&](int row, auto& acc) {
+            constexpr int NR = sizeof(acc) / sizeof(acc[0]);
+            for (int r = 0; r < NR; ++r)
+                if (!real || real[row + r])
+                    for (int v = 0; v < NV; ++v) store(top + v * W, max(load(top + v * W), acc[r][v]));
+        });
+    }
+
+    static __attribute__((noinline)) void add_values(int d_, const Rows& v, const float* p, float* o) {
+        const int dim = D ? D : d_;
+        add_product<TI>(TJ, p, 1, TI, v.data, v.stride, o, dim, dim);
+    }
+
+    struct Forward {
+        float *rows, *keys, *values;    // converted inputs
+        float* qt;                      // [bs / TI][d][TI]
+        float* o;                       // [bs][d]
+        float* p;                       // [TJ][TI]
+        float *reference, *total;       // [bs]
+        static size_t size(int d) {
+            return 3 * MAX_BLOCK * d + 2 * TJ * d + TJ * TI + 2 * MAX_BLOCK;
+        }
+        Forward(Scratch& scratch, int d)
+            : rows(scratch.take(MAX_BLOCK * d)), keys(scratch.take(TJ * d)), values(scratch.take(TJ * d)),
+              qt(scratch.take(MAX_BLOCK * d)), o(scratch.take(MAX_BLOCK * d)), p(scratch.take(TJ * TI)),
+              reference(scratch.take(MAX_BLOCK)), total(scratch.take(MAX_BLOCK)) {}
+    };
+
+    // Calls use(keys, real) for each tile of keys that row r of blocks attends and that has a real key.
+    template <class Use>
+    SAT_INLINE void each_tile(const Blocks& columns, const uint8_t* real, Use use) const {
+        for (int n = 0; n < columns.count; ++n)
+            for (int t = 0; t < bs; t += TJ) {
+                const long first = static_cast<long>(columns[n]) * bs + t;
+                const KeysState state = state_of(real ? real + first : nullptr, TJ);
+                if (state != NO_KEY) use(first, state == ALL_KEYS ? nullptr : real + first);
+            }
+    }
+
+    void forward_row(long b, long h, long r, const Forward& s) const {
+        const char* q_head = head_of(call.query, call.type, b, h);
+        const char* k_head = head_of(call.key, call.type, b, h);
+        const char* v_head = head_of(call.value, call.type, b, h);
+        const uint8_t* real = real_of(b);
+        const Blocks columns = blocks_of(call.row_offsets, call.row_columns, r, nb);
+        const long num_pruned = call.pruned_zero ? (nb - columns.count) * bs : 0;
+
+        pack<TI>(rows_of(call.query, call.type, q_head, r * bs, bs, d, s.rows), bs, d, call.scale * LOG2E, s.qt);
+        bool any_key = false;
+        auto sweep = [&] {
+            memset(s.o, 0, sizeof(float) * bs * d);
+            memset(s.total, 0, sizeof(float) * bs);
+            each_tile(columns, real, [&](long first, const uint8_t* mask) {
+                any_key = true;
+                const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
+                const Rows v = rows_of(call.value, call.type, v_head, first, TJ, d, s.values);
+                for (int i = 0; i < bs; i += TI) {
+                    exp_scores(d, k, s.qt + i * d, s.reference + i, mask, s.p, s.total + i);
+                    add_values(d, v, s.p, s.o + i * d);
+                }
+            });
+        };
+        memset(s.reference, 0, sizeof(float) * bs);
+        sweep();
+        float* lse = call.lse + (b * call.H + h) * call.N + r * bs;
+        if (!any_key) {
+            for (int i = 0; i < bs; ++i) s.total[i] = 0, lse[i] = HUGE_LSE;
+        } else {
+            if (!add_pruned(s, num_pruned)) {
+                find_maxima(columns, real, k_head, num_pruned, s);
+                sweep();
+                add_pruned(s, num_pruned);
+            }
+            for (int i = 0; i < bs; i += W) {
+                const vec total = load(s.total + i);
+                store(lse + i, log2(total) - load(s.reference + i));
+                store(s.total + i, 1.0f / total);
+            }
+        }
+        write_rows(call.out, call.type, head_of(call.out, call.type, b, h), r * bs, bs, d, s.o, s.total);
+    }
+
+    // Adds the pruned logits to the sums; false if one lies outside the range where they are exact.
+    bool add_pruned(const Forward& s, long num_pruned) const {
+        bool safe = true;
+        for (int i = 0; i < bs; i += W) {
+            vec total = load(s.total + i);
+            if (num_pruned) total += exp2(load(s.reference + i)) * static_cast<float>(num_pruned);
+            store(s.total + i, total);
+            for (int lane = 0; lane < W; ++lane) safe &= total[lane] > 1 / SAFE_SUM && total[lane] < SAFE_SUM;
+        }
+        return safe;
+    }
+
+    __attribute__((noinline)) void find_maxima(const Blocks& columns, const uint8_t* real, const char* k_head,
+                                               long num_pruned, const Forward& s) const {
+        for (int i = 0; i < bs; ++i) s.reference[i] = num_pruned ? 0.0f : -__builtin_inff();
+        each_tile(columns, real, [&](long first, const uint8_t* mask) {
+            const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
+            for (int i = 0; i < bs; i += TI) max_scores(d, k, s.qt + i * d, mask, s.reference + i);
+        });
+        for (int i = 0; i < bs; ++i) s.reference[i] = -s.reference[i];
+    }
+
+    // ---- backward ----
+
+    struct Backward {
+        float *rows, *drows, *orows, *keys, *values;    // converted inputs
+        float *qt, *dot;                                // [bs / TI][d][TI]
+        float* dq;                                      // [bs][d]
+        float *p, *ds;                                  // [TJ][TI]
+        float *minus_lse, *minus_delta, *ones;          // [bs]
+        float *dk, *dv;                                 // [`accumulated`][d], only where outputs are not fp32
+        static size_t size(int d, long accumulated) {
+            return 6 * MAX_BLOCK * d + 2 * TJ * d + 2 * TJ * TI + 3 * MAX_BLOCK + 2 * accumulated * d;
+        }
+        Backward(Scratch& scratch, int d, long accumulated)
+            : rows(scratch.take(MAX_BLOCK * d)), drows(scratch.take(MAX_BLOCK * d)), orows(scratch.take(MAX_BLOCK * d)),
+              keys(scratch.take(TJ * d)), values(scratch.take(TJ * d)), qt(scratch.take(MAX_BLOCK * d)),
+              dot(scratch.take(MAX_BLOCK * d)), dq(scratch.take(MAX_BLOCK * d)), p(scratch.take(TJ * TI)),
+              ds(scratch.take(TJ * TI)), minus_lse(scratch.take(MAX_BLOCK)), minus_delta(scratch.take(MAX_BLOCK)),
+              ones(scratch.take(MAX_BLOCK)), dk(scratch.take(accumulated * d)), dv(scratch.take(accumulated * d)) {
+            for (int i = 0; i < MAX_BLOCK; ++i) ones[i] = 1.0f;
+        }
+    };
+
+    // What one row of blocks contributes: natural rows of Q and dO, and the packed forms.
+    struct RowInputs {
+        Rows q, dout;
+    };
+
+    RowInputs load_row(long b, long h, long r, const Backward& s) const {
+        const Rows q = rows_of(call.query, call.type, head_of(call.query, call.type, b, h), r * bs, bs, d, s.rows);
+        const Rows dout = rows_of(call.dout, call.type, head_of(call.dout, call.type, b, h), r * bs, bs, d, s.drows);
+        const Rows out = rows_of(call.out, call.type, head_of(call.out, call.type, b, h), r * bs, bs, d, s.orows);
+        pack<TI>(q, bs, d, call.scale * LOG2E, s.qt);
+        pack<TI>(dout, bs, d, call.scale, s.dot);
+        const float* lse = call.lse + (b * call.H + h) * call.N + r * bs;
+        for (int i = 0; i < bs; ++i) {
+            vec delta{};
+            for (int c = 0; c < d; c += W) delta += load(dout.row(i) + c) * load(out.row(i) + c);
+            s.minus_lse[i] = -lse[i];
+            s.minus_delta[i] = -call.scale * sum(delta);
+        }
+        return {q, dout};
+    }
+
+    // p = exp2(k . qt - lse), zero at padded keys; ds = p * (v . dot - delta).
+    static __attribute__((noinline)) void score_gradients(int d_, const Rows& k, const Rows& v, const float* qt,
+                                                          const float* dot, const float* minus_lse,
+                                                          const float* minus_delta, const uint8_t* real, float* p,
+                                                          float* ds) {
+        const int dim = D ? D : d_;
+        auto keep = [](float* to) {
+            return [to](int row, auto& acc) {
+                constexpr int NR = sizeof(acc) / sizeof(acc[0]);
+#pragma GCC unroll 16
+                for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+                    for (int v = 0; v < NV; ++v) store(to + (row + r) * TI + v * W, acc[r][v]);
+            };
+        };
+        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, minus_lse, keep(p));
+        panel<TJ, NV>(dim, v.data, v.stride, 1, dot, TI, minus_delta, keep(ds));
+        for (int j = 0; j < TJ; ++j)
+#pragma GCC unroll 16
+            for (int v = 0; v < NV; ++v) {
+                vec x = exp2(load(p + j * TI + v * W));
+                if (real && !real[j]) x = vec{};
+                store(p + j * TI + v * W, x);
+                store(ds + j * TI + v * W, x * load(ds + j * TI + v * W));
+            }
+    }
+
+    // dk[j][c] += sum_i p[j][i] q[i][c]
+    static __attribute__((noinline)) void add_keys(int d_, const float* p, const Rows& q, float* dk, long stride) {
+        const int dim = D ? D : d_;
+        add_product<TJ>(TI, p, TI, 1, q.data, q.stride, dk, stride, dim);
+    }
+
+    // One tile of keys against one row of blocks.
+    template <bool DQ, bool DKV>
+    SAT_INLINE void backward_tile(const RowInputs& row, const Rows& k, const Rows& v, const uint8_t* mask, float* dk,
+                                  float* dv, long stride, const Backward& s) const {
+        for (int i = 0; i < bs; i += TI) {
+            score_gradients(d, k, v, s.qt + i * d, s.dot + i * d, s.minus_lse + i, s.minus_delta + i, mask, s.p, s.ds);
+            if (DKV) {
+                add_keys(d, s.p, {row.dout.row(i), row.dout.stride}, dv, stride);
+                add_keys(d, s.ds, {row.q.row(i), row.q.stride}, dk, stride);
+            }
+            if (DQ) add_values(d, k, s.ds, s.dq + i * d);
+        }
+    }
+
+    // Row r of blocks: dQ, and (where one thread owns the head) its share of dK and dV, [N][d] with row stride `stride`.
+    template <bool DKV>
+    void backward_row(long b, long h, long r, float* dk, float* dv, long stride, const Backward& s) const {
+        const char* k_head = head_of(call.key, call.type, b, h);
+        const char* v_head = head_of(call.value, call.type, b, h);
+        const Blocks columns = blocks_of(call.row_offsets, call.row_columns, r, nb);
+        memset(s.dq, 0, sizeof(float) * bs * d);
+        if (columns.count) {
+            const RowInputs row = load_row(b, h, r, s);
+            each_tile(columns, real_of(b), [&](long first, const uint8_t* mask) {
+                const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
+                const Rows v = rows_of(call.value, call.type, v_head, first, TJ, d, s.values);
+                backward_tile<true, DKV>(row, k, v, mask, dk + first * stride, dv + first * stride, stride, s);
+            });
+        }
+        write_rows(call.dquery, call.type, head_of(call.dquery, call.type, b, h), r * bs, bs, d, s.dq, s.ones);
+    }
+
+    // fp32 outputs are accumulated in place, others in scratch.
+    bool in_place() const { return call.type == SAT_FLOAT32; }
+
+    // One thread does a whole (batch, head).
+    void backward_head(long b, long h, const Backward& s) const {
+        const char* dk_head = head_of(call.dkey, call.type, b, h);
+        const char* dv_head = head_of(call.dvalue, call.type, b, h);
+        float* dk = in_place() ? (float*)dk_head : s.dk;
+        float* dv = in_place() ? (float*)dv_head : s.dv;
+        const long stride = in_place() ? call.dkey.row : d;
+        for (long j = 0; j < call.N; ++j) {
+            memset(dk + j * stride, 0, sizeof(float) * d);
+            memset(dv + j * stride, 0, sizeof(float) * d);
+        }
+        for (long r = 0; r < nb; ++r) backward_row<true>(b, h, r, dk, dv, stride, s);
+        if (!in_place())
+            for (long r = 0; r < nb; ++r) {
+                write_rows(call.dkey, call.type, dk_head, r * bs, bs, d, dk + r * bs * d, s.ones);
+                write_rows(call.dvalue, call.type, dv_head, r * bs, bs, d, dv + r * bs * d, s.ones);
+            }
+    }
+
+    // Column c of blocks: dK and dV alone, when the heads are too few to give every thread one.
+    void backward_column(long b, long h, long c, const Backward& s) const {
+        const char* k_head = head_of(call.key, call.type, b, h);
+        const char* v_head = head_of(call.value, call.type, b, h);
+        const char* dk_head = head_of(call.dkey, call.type, b, h);
+        const char* dv_head = head_of(call.dvalue, call.type, b, h);
+        float* dk = in_place() ? (float*)dk_head + c * bs * call.dkey.row : s.dk;
+        float* dv = in_place() ? (float*)dv_head + c * bs * call.dkey.row : s.dv;
+        const long stride = in_place() ? call.dkey.row : d;
+        for (long j = 0; j < bs; ++j) {
+            memset(dk + j * stride, 0, sizeof(float) * d);
+            memset(dv + j * stride, 0, sizeof(float) * d);
+        }
+        const Blocks rows = blocks_of(call.column_offsets, call.column_rows, c, nb);
+        const int32_t column = static_cast<int32_t>(c);
+        for (int n = 0; n < rows.count; ++n) {
+            const RowInputs row = load_row(b, h, rows[n], s);
+            each_tile({&column, 1}, real_of(b), [&](long first, const uint8_t* mask) {
+                const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
+                const Rows v = rows_of(call.value, call.type, v_head, first, TJ, d, s.values);
+                const long offset = (first - c * bs) * stride;
+                backward_tile<false, true>(row, k, v, mask, dk + offset, dv + offset, stride, s);
+            });
+        }
+        if (!in_place()) {
+            write_rows(call.dkey, call.type, dk_head, c * bs, bs, d, dk, s.ones);
+            write_rows(call.dvalue, call.type, dv_head, c * bs, bs, d, dv, s.ones);
+        }
+    }
+
+    // ---- threads ----
+
+    // Calls work(scratch, index) for index in [0, count) on the call's threads; each has scratch of its own.
+    template <class Make, class Work>
+    int spread(long count, int chunk, size_t floats, Make make, Work work) const {
+        bool failed = false;
+#pragma omp parallel num_threads(static_cast<int>(call.threads))
+        {
+            Scratch scratch(floats);
+            if (scratch.failed()) {
+#pragma omp atomic write
+                failed = true;
+            }
+#pragma omp barrier
+            if (!failed) {    // the same for every thread
+                const auto pieces = make(scratch);
+#pragma omp for schedule(dynamic, chunk)
+                for (long i = 0; i < count; ++i) work(pieces, i);
+            }
+        }
+        return failed ? SAT_OUT_OF_MEMORY : SAT_OK;
+    }
+
+    int forward() const {
+        const long H = call.H, heads = call.B * H;
+        // The heads of an example lie side by side in memory: one thread takes them together.
+        return spread(
+            heads * nb, static_cast<int>(heads >= call.threads ? nb : 1), Forward::size(d),
+            [&](Scratch& scratch) { return Forward(scratch, d); },
+            [&](const Forward& s, long i) { forward_row(i / nb / H, i / nb % H, i % nb, s); });
+    }
+
+    int backward() const {
+        const long H = call.H, heads = call.B * H;
+        if (heads >= call.threads) {
+            const long accumulated = in_place() ? 0 : call.N;
+            return spread(
+                heads, 1, Backward::size(d, accumulated),
+                [&](Scratch& scratch) { return Backward(scratch, d, accumulated); },
+                [&](const Backward& s, long i) { backward_head(i / H, i % H, s); });
+        }
+        const long accumulated = in_place() ? 0 : bs;
+        auto make = [&](Scratch& scratch) { return Backward(scratch, d, accumulated); };
+        const int status = spread(heads * nb, 1, Backward::size(d, accumulated), make, [&](const Backward& s, long i) {
+            backward_row<false>(i / nb / H, i / nb % H, i % nb, nullptr, nullptr, 0, s);
+        });
+        if (status != SAT_OK) return status;
+        return spread(heads * nb, 1, Backward::size(d, accumulated), make, [&](const Backward& s, long i) {
+            backward_column(i / nb / H, i / nb % H, i % nb, s);
+        });
+    }
+};
+
+// Calls run(kernel) with the kernel made for the call's head_dim and block_size.
+template <int D, class Run>
+int with_tile(const SatAttention& call, Run run) {
+#if SAT_WIDTH == 16
+    if (call.bs % 64 == 0) return run(Kernel<D, 64, 32>(call));
+#endif
+#if SAT_WIDTH >= 8
+    if (call.bs % 32 == 0) return run(Kernel<D, 32, 32>(call));
+#endif
+    return run(Kernel<D, 16, 16>(call));
+}
+
+template <class Run>
+int with_kernel(const SatAttention& call, Run run) {
+    switch (call.d) {
+        case 32:
+            return with_tile<32>(call, run);
+        case 64:
+            return with_tile<64>(call, run);
+        default:
+            return with_tile<0>(call, run);
+    }
+}
+
+}    // namespace
+
+int attention_forward(const SatAttention& call) {
+    return with_kernel(call, [](const auto& kernel) { return kernel.forward(); });
+}
+
+int attention_backward(const SatAttention& call) {
+    return with_kernel(call, [](const auto& kernel) { return kernel.backward(); });
+}
+
+int attention_statistics(const SatStatistics&) { return SAT_NOT_SUPPORTED; }
+
+}    // namespace SAT_ISA_NAMESPACE

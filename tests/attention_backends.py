@@ -5,8 +5,9 @@ A backend (or one code path of it) joins every test by one more entry in CASES.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import emulated_cuda
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import available_backends
+from kernels import available_backends, native
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -52,8 +53,32 @@ class Case:
                 pytest.skip(f"{self.id} does not claim {value}")
 
 
+@contextmanager
+def _cpu_isa(isa: str):
+    native.select_isa(isa)
+    try:
+        yield
+    finally:
+        native.select_isa(os.environ.get("SAT_CPU_ISA", ""))
+
+
+def _cpu(isa: str) -> Case:
+    """The compiled kernels in one instruction set."""
+    return Case(
+        f"cpu-{isa}",
+        "cpu",
+        activate=lambda: _cpu_isa(isa),
+        dtypes=(FP32, BF16),
+        block_sizes=(16, 32, 48, 64, 128),
+        skip=lambda: native.list_isas()[isa],
+        ops=("sparse", "dense"),
+        num_examples=300 if isa == "avx2" else 100,
+    )
+
+
 CASES = [
     Case("reference", "reference", dtypes=(FP32, BF16, FP16, FP64)),
+    *(_cpu(isa) for isa in ("portable", "avx2", "avx512")),
     Case("cuda", "cuda", device="cuda"),
     Case("cuda-emulated", "cuda", activate=emulated_cuda.active, num_examples=50, max_tokens=2048),
 ]

@@ -8,8 +8,8 @@
 //     S[j][i] = sum_c K[j][c] Qt[c][i]      dP[j][i] = sum_c V[j][c] dOt[c][i]       lanes: queries
 //     O[i][c] += sum_j P[j][i] V[j][c]      dQ[i][c] += sum_j dS[j][i] K[j][c]       lanes: head_dim
 //     dV[j][c] += sum_i P[j][i] dO[i][c]    dK[j][c] += sum_i dS[j][i] Q[i][c]       lanes: head_dim
-// What would be passes over the tile is folded into the packed factor (scale and log2 e) and into the starting values of
-// the accumulators (-lse, -D).
+// scale and log2 e are folded into the packed factor. (-lse and -D as starting values of the accumulators would save two
+// subtractions, but then all partial sums are as large as they are: twice the error of the gradients.)
 //
 // The forward pass takes exp2 of the raw scores, without a pass for the maximum: pruned logits are 0, so 0 is the natural
 // reference. Rows whose sum leaves the safe range are done again, with their true maximum.
@@ -47,14 +47,12 @@ constexpr int rows_at_once(int vectors) { return (REGISTERS - 4) / vectors < 12 
 // NR x NV accumulators over `depth`, then emit(row, accumulators).
 template <int NR, int NV, class Emit>
 SAT_INLINE void micro(int row, long depth, const float* a, long a_row, long a_depth, const float* b, long b_depth,
-                      const float* start, Emit& emit) {
+                      Emit& emit) {
     vec acc[NR][NV];
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) {
-        vec first = start ? load(start + v * W) : vec{};
+    for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 16
-        for (int r = 0; r < NR; ++r) acc[r][v] = first;
-    }
+        for (int v = 0; v < NV; ++v) acc[r][v] = vec{};
     a += row * a_row;
 #pragma GCC unroll 2
     for (long k = 0; k < depth; ++k) {
@@ -73,23 +71,23 @@ SAT_INLINE void micro(int row, long depth, const float* a, long a_row, long a_de
 
 template <int NR, int NV, class Emit>
 SAT_INLINE void micro_rest(int rest, int row, long depth, const float* a, long a_row, long a_depth, const float* b,
-                           long b_depth, const float* start, Emit& emit) {
+                           long b_depth, Emit& emit) {
     if constexpr (NR > 0) {
         if (rest == NR)
-            micro<NR, NV>(row, depth, a, a_row, a_depth, b, b_depth, start, emit);
+            micro<NR, NV>(row, depth, a, a_row, a_depth, b, b_depth, emit);
         else
-            micro_rest<NR - 1, NV>(rest, row, depth, a, a_row, a_depth, b, b_depth, start, emit);
+            micro_rest<NR - 1, NV>(rest, row, depth, a, a_row, a_depth, b, b_depth, emit);
     }
 }
 
-// C[r][lanes] for ROWS rows and NV vectors: start + sum_k a[r * a_row + k * a_depth] * b[k * b_depth + lanes].
+// C[r][lanes] for ROWS rows and NV vectors: sum_k a[r * a_row + k * a_depth] * b[k * b_depth + lanes].
 template <int ROWS, int NV, class Emit>
 SAT_INLINE void panel(long depth, const float* a, long a_row, long a_depth, const float* b, long b_depth,
-                      const float* start, Emit emit) {
+                      Emit emit) {
     constexpr int NR = rows_at_once(NV);
     constexpr int WHOLE = ROWS / NR * NR;
-    for (int row = 0; row < WHOLE; row += NR) micro<NR, NV>(row, depth, a, a_row, a_depth, b, b_depth, start, emit);
-    micro_rest<NR - 1, NV>(ROWS - WHOLE, WHOLE, depth, a, a_row, a_depth, b, b_depth, start, emit);
+    for (int row = 0; row < WHOLE; row += NR) micro<NR, NV>(row, depth, a, a_row, a_depth, b, b_depth, emit);
+    micro_rest<NR - 1, NV>(ROWS - WHOLE, WHOLE, depth, a, a_row, a_depth, b, b_depth, emit);
 }
 
 // c[r][lanes] += sum_k a * b over `columns` lanes, a multiple of 16 (and of W).
@@ -98,7 +96,7 @@ SAT_INLINE void add_product(long depth, const float* a, long a_row, long a_depth
                             long c_row, int columns) {
     int first = 0;
     for (; first + NV * W <= columns; first += NV * W)
-        panel<ROWS, NV>(depth, a, a_row, a_depth, b + first, b_depth, nullptr, [&](int row, auto& acc) {
+        panel<ROWS, NV>(depth, a, a_row, a_depth, b + first, b_depth, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
 #pragma GCC unroll 16
             for (int r = 0; r < NR; ++r)
@@ -238,13 +236,13 @@ struct Kernel {
 
     const uint8_t* real_of(long b) const { return call.real ? call.real + b * call.N : nullptr; }
 
-    // p[j][i] = exp2(reference[i] + k_j . qt_i), zero at padded keys; adds the sums over j to total[i].
+    // p[j][i] = exp2(k_j . qt_i - reference[i]), zero at padded keys; adds the sums over j to total[i].
     static __attribute__((noinline)) void exp_scores(int d_, const Rows& k, const float* qt, const float* reference,
                                                      const uint8_t* real, float* p, float* total) {
         const int dim = D ? D : d_;
         vec sums[NV];
         for (int v = 0; v < NV; ++v) sums[v] = vec{};
-        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, reference, [&](int row, auto& acc) {
+        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
 #pragma GCC unroll 16
             for (int r = 0; r < NR; ++r)
@@ -257,7 +255,7 @@ struct Kernel {
             else
 #pragma GCC unroll 16
                 for (int v = 0; v < NV; ++v) {
-                    vec x = exp2(load(p + j * TI + v * W));
+                    vec x = exp2(load(p + j * TI + v * W) - load(reference + v * W));
                     sums[v] += x;
                     store(p + j * TI + v * W, x);
                 }
@@ -268,7 +266,7 @@ struct Kernel {
     static __attribute__((noinline)) void max_scores(int d_, const Rows& k, const float* qt, const uint8_t* real,
                                                      float* top) {
         const int dim = D ? D : d_;
-        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, nullptr, [&](int row, auto& acc) {
+        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
             for (int r = 0; r < NR; ++r)
                 if (!real || real[row + r])
@@ -343,7 +341,7 @@ struct Kernel {
             }
             for (int i = 0; i < bs; i += W) {
                 const vec total = load(s.total + i);
-                store(lse + i, log2(total) - load(s.reference + i));
+                store(lse + i, log2(total) + load(s.reference + i));
                 store(s.total + i, 1.0f / total);
             }
         }
@@ -355,7 +353,7 @@ struct Kernel {
         bool safe = true;
         for (int i = 0; i < bs; i += W) {
             vec total = load(s.total + i);
-            if (num_pruned) total += exp2(load(s.reference + i)) * static_cast<float>(num_pruned);
+            if (num_pruned) total += exp2(-load(s.reference + i)) * static_cast<float>(num_pruned);
             store(s.total + i, total);
             for (int lane = 0; lane < W; ++lane) safe &= total[lane] > 1 / SAFE_SUM && total[lane] < SAFE_SUM;
         }
@@ -369,7 +367,6 @@ struct Kernel {
             const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
             for (int i = 0; i < bs; i += TI) max_scores(d, k, s.qt + i * d, mask, s.reference + i);
         });
-        for (int i = 0; i < bs; ++i) s.reference[i] = -s.reference[i];
     }
 
     // ---- backward ----
@@ -379,7 +376,7 @@ struct Kernel {
         float *qt, *dot;                                // [bs / TI][d][TI]
         float* dq;                                      // [bs][d]
         float *p, *ds;                                  // [TJ][TI]
-        float *minus_lse, *minus_delta, *ones;          // [bs]
+        float *lse, *delta, *ones;          // [bs]
         float *dk, *dv;                                 // [`accumulated`][d], only where outputs are not fp32
         static size_t size(int d, long accumulated) {
             return 6 * MAX_BLOCK * d + 2 * TJ * d + 2 * TJ * TI + 3 * MAX_BLOCK + 2 * accumulated * d;
@@ -388,7 +385,7 @@ struct Kernel {
             : rows(scratch.take(MAX_BLOCK * d)), drows(scratch.take(MAX_BLOCK * d)), orows(scratch.take(MAX_BLOCK * d)),
               keys(scratch.take(TJ * d)), values(scratch.take(TJ * d)), qt(scratch.take(MAX_BLOCK * d)),
               dot(scratch.take(MAX_BLOCK * d)), dq(scratch.take(MAX_BLOCK * d)), p(scratch.take(TJ * TI)),
-              ds(scratch.take(TJ * TI)), minus_lse(scratch.take(MAX_BLOCK)), minus_delta(scratch.take(MAX_BLOCK)),
+              ds(scratch.take(TJ * TI)), lse(scratch.take(MAX_BLOCK)), delta(scratch.take(MAX_BLOCK)),
               ones(scratch.take(MAX_BLOCK)), dk(scratch.take(accumulated * d)), dv(scratch.take(accumulated * d)) {
             for (int i = 0; i < MAX_BLOCK; ++i) ones[i] = 1.0f;
         }
@@ -409,16 +406,16 @@ struct Kernel {
         for (int i = 0; i < bs; ++i) {
             vec delta{};
             for (int c = 0; c < d; c += W) delta += load(dout.row(i) + c) * load(out.row(i) + c);
-            s.minus_lse[i] = -lse[i];
-            s.minus_delta[i] = -call.scale * sum(delta);
+            s.lse[i] = lse[i];
+            s.delta[i] = call.scale * sum(delta);
         }
         return {q, dout};
     }
 
     // p = exp2(k . qt - lse), zero at padded keys; ds = p * (v . dot - delta).
     static __attribute__((noinline)) void score_gradients(int d_, const Rows& k, const Rows& v, const float* qt,
-                                                          const float* dot, const float* minus_lse,
-                                                          const float* minus_delta, const uint8_t* real, float* p,
+                                                          const float* dot, const float* lse,
+                                                          const float* delta, const uint8_t* real, float* p,
                                                           float* ds) {
         const int dim = D ? D : d_;
         auto keep = [](float* to) {
@@ -430,15 +427,15 @@ struct Kernel {
                     for (int v = 0; v < NV; ++v) store(to + (row + r) * TI + v * W, acc[r][v]);
             };
         };
-        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, minus_lse, keep(p));
-        panel<TJ, NV>(dim, v.data, v.stride, 1, dot, TI, minus_delta, keep(ds));
+        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, keep(p));
+        panel<TJ, NV>(dim, v.data, v.stride, 1, dot, TI, keep(ds));
         for (int j = 0; j < TJ; ++j)
 #pragma GCC unroll 16
             for (int v = 0; v < NV; ++v) {
-                vec x = exp2(load(p + j * TI + v * W));
+                vec x = exp2(load(p + j * TI + v * W) - load(lse + v * W));
                 if (real && !real[j]) x = vec{};
                 store(p + j * TI + v * W, x);
-                store(ds + j * TI + v * W, x * load(ds + j * TI + v * W));
+                store(ds + j * TI + v * W, x * (load(ds + j * TI + v * W) - load(delta + v * W)));
             }
     }
 
@@ -453,7 +450,7 @@ struct Kernel {
     SAT_INLINE void backward_tile(const RowInputs& row, const Rows& k, const Rows& v, const uint8_t* mask, float* dk,
                                   float* dv, long stride, const Backward& s) const {
         for (int i = 0; i < bs; i += TI) {
-            score_gradients(d, k, v, s.qt + i * d, s.dot + i * d, s.minus_lse + i, s.minus_delta + i, mask, s.p, s.ds);
+            score_gradients(d, k, v, s.qt + i * d, s.dot + i * d, s.lse + i, s.delta + i, mask, s.p, s.ds);
             if (DKV) {
                 add_keys(d, s.p, {row.dout.row(i), row.dout.stride}, dv, stride);
                 add_keys(d, s.ds, {row.q.row(i), row.q.stride}, dk, stride);

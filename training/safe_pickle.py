@@ -23,6 +23,7 @@ import numpy as np
 WINDOW = 1 << 20  # bytes read at a time
 MAX_STACK = 100_000  # values; picklers write lists and dicts in batches of 1,000
 MAX_NESTED = 1_000_000  # entries of a list or dict inside an item
+MAX_TUPLE = 32  # values, none of them a tuple
 MAX_SHARED = 1_000_000  # objects referred back to
 MAX_SHARED_BYTES = 1 << 30  # and their bytes
 MAX_NAME = 256  # characters of a module or class
@@ -94,8 +95,9 @@ class _Name:
         self.name = name
 
 
-_RECONSTRUCT, _SCALAR, _FROMBUFFER, _NDARRAY, _DTYPE, _ENCODE = map(
-    _Name, ("_reconstruct", "scalar", "_frombuffer", "numpy.ndarray", "numpy.dtype", "encode")
+_RECONSTRUCT, _SCALAR, _FROMBUFFER, _NDARRAY, _DTYPE, _ENCODE, _BYTES = map(
+    _Name,
+    ("_reconstruct", "scalar", "_frombuffer", "numpy.ndarray", "numpy.dtype", "encode", "bytes"),
 )
 _NAMES = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
@@ -107,6 +109,7 @@ _NAMES = {
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _DTYPE,
     ("_codecs", "encode"): _ENCODE,  # how protocol 2 writes bytes
+    ("__builtin__", "bytes"): _BYTES,  # and no bytes
 }
 
 
@@ -428,6 +431,10 @@ def _finished(value, error):
         return value.value
     if isinstance(value, _Name):
         raise error(f"refused: {value.name} itself as a value")
+    if type(value) is tuple:
+        if len(value) > MAX_TUPLE or any(type(inner) is tuple for inner in value):
+            raise error(f"refused: a tuple with a tuple or more than {MAX_TUPLE} values in it")
+        return tuple(_finished(inner, error) for inner in value)
     if value is _TOP:
         raise error("refused: the list is used inside itself")
     return value
@@ -485,6 +492,8 @@ def _reduce(function, arguments, error):
             dtype = _dtype(arguments[1], error)
             array.value = _array(arguments[0], dtype, arguments[2], arguments[3] == "F", error)
             return array
+    elif function is _BYTES and not arguments:
+        return b""
     elif function is _ENCODE and kinds == [str, str] and arguments[1] == "latin1":
         try:
             return arguments[0].encode("latin1")

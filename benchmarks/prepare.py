@@ -247,9 +247,7 @@ def main() -> None:
         }
     base = table["reference"]["examples_per_second"]
     print(f"{args.kind}: {num:,} examples a split, {args.rounds} rounds")
-    print(
-        f"{'way':10} {'examples/s':>12} {'min..max':>18} {'CPU ms':>7} {'peak MiB':>9} {'ratio':>7}"
-    )
+    print("way          examples/s           min..max  CPU ms  peak MiB   ratio")
     for way, row in table.items():
         spread = f"{row['spread'][0]:,.0f}..{row['spread'][1]:,.0f}"
         rate = row["examples_per_second"]

@@ -88,9 +88,9 @@ def test_a_lone_tree_is_split_by_the_seed(tmp_path, capsys):
     files = {f"Aves/x/{i}.png": picture(c, (2, 2)) for i, c in enumerate(colors)}
     lay_out(tmp_path / "in", files)
     found = {}
-    for seed in ("0", "0", "1"):
+    for seed, workers in (("0", "1"), ("0", "2"), ("1", "1")):  # several chunks in flight
         options = ["--source", tmp_path / "in", "--output_dir", tmp_path / "out", "--seed", seed]
-        assert run(nature.main, *options, "--workers", "1") == 0
+        assert run(nature.main, *options, "--workers", workers) == 0
         train, dev, test = (
             examples(tmp_path / "out", "lra-nature", split) for split in ("train", "dev", "test")
         )

@@ -217,8 +217,8 @@ def main() -> None:
         way, folder, out = args.child
         child(way, args.kind, Path(folder), Path(out))
         return
-    if args.kind == "text" and args.source is None:
-        parser.error("text needs --source")
+    if args.kind == "text" and args.source is None and args.tfds is None:
+        parser.error("text needs --source or --tfds")
     num = args.num or (2000 if args.kind == "text" else 400)
     found: dict[str, list[dict]] = {"reference": [], "ours": []}
     with tempfile.TemporaryDirectory() as scratch:

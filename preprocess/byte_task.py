@@ -68,25 +68,21 @@ def write(
 ) -> None:
     """Encode and stream the examples to their pickles; reports what was skipped or is unusual."""
     empty = not_utf8 = 0
-    splits = ("train", "dev", "test")
     with (
-        writer.open_splits(output_dir, task.name, splits) as writers,
-        routing.measured(writers),
+        routing.open_splits(output_dir, task.name, router) as writers,
         writer.progress(None, task.name) as bar,
     ):
         for split, where, text, label in examples:
             if not text and task.empty_is_broken:
                 skips.skip(where, "the text is empty")
                 continue
-            targets = router.route(split, label)
-            if not targets:
+            target = router.route(split, label)
+            if target is None:
                 continue
             empty += not text
             not_utf8 += not _is_utf8(text)
             ids = encode_bytes(text, max_ids=task.max_ids, length=task.length)
-            encoded = writer.encode_example(ids, np.int64(label))
-            for target in targets:
-                writers[target].add_encoded(encoded)
+            writers[target].add(input_ids_0=ids, label=np.int64(label))
             bar.update()
     skips.report()
     if empty:

@@ -243,35 +243,32 @@ def write(
     workers: int,
 ) -> None:
     """Decode over the processes, write in order; broken pictures are left out and counted."""
-    splits = ("train", "dev", "test")
 
     def work():
         """Chunks of pictures that are wanted; what belongs to them waits in `waiting`."""
         wanted = []
         for split, where, picture, label in pictures:
-            targets = router.route(split, label)
-            if targets:
+            target = router.route(split, label)
+            if target is not None:
                 wanted.append((picture, label))
-                waiting.append((where, targets))
+                waiting.append((where, target))
             if len(wanted) == CHUNK:
                 yield wanted
                 wanted = []
         if wanted:
             yield wanted
 
-    waiting: list[tuple[str, tuple[str, ...]]] = []
+    waiting: list[tuple[str, str]] = []
     with (
-        writer.open_splits(output_dir, TASK, splits) as writers,
-        routing.measured(writers),
+        routing.open_splits(output_dir, TASK, router) as writers,
         writer.progress(None, TASK, unit="picture") as bar,
     ):
         for results in writer.map_ordered(encode_chunk, work(), workers):
-            for result, (where, targets) in zip(results, waiting, strict=False):
+            for result, (where, target) in zip(results, waiting, strict=False):
                 if isinstance(result, str):
                     # these data sets are known to have some: never a reason to stop
                     skips.skip(where, result, always=result != "the picture is missing")
-                    continue
-                for target in targets:
+                else:
                     writers[target].add_encoded(result)
             del waiting[: len(results)]
             bar.update(len(results))

@@ -6,7 +6,9 @@ takes an honest development set from the training examples.
 
 import argparse
 import contextlib
+import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -112,7 +114,7 @@ class Router:
 
     Args:
         limit: examples per split, balanced over the labels; None: all.
-        dev_from_train: part of train that becomes dev; None: dev gets what test gets.
+        dev_from_train: part of train that becomes dev; None: dev will be test's file.
     """
 
     def __init__(
@@ -123,12 +125,11 @@ class Router:
         dev_from_train: float | None = None,
         seed: int = 0,
     ):
+        self.splits = ("train", "test") if dev_from_train is None else ("train", "dev", "test")
         self._fraction = dev_from_train
         self._seed = seed
         self._seen = {"train": 0, "test": 0}
-        self._limits = {
-            split: writer.BalancedLimit(limit, num_classes) for split in ("train", "dev", "test")
-        }
+        self._limits = {split: writer.BalancedLimit(limit, num_classes) for split in self.splits}
 
     def full(self, split: str) -> bool:
         """Whether nothing of the source's `split` (train or test) is wanted any more."""
@@ -136,17 +137,14 @@ class Router:
             return self._limits["train"].full and self._limits["dev"].full
         return self._limits[split].full
 
-    def route(self, split: str, label: int) -> tuple[str, ...]:
-        """Splits for the next example of the source's `split`; empty: not wanted."""
+    def route(self, split: str, label: int) -> str | None:
+        """The pickle for the next example of the source's `split`; None: not wanted."""
         index = self._seen[split]
         self._seen[split] += 1
-        if split == "train" and self._fraction is not None:
-            if drawn(index, self._fraction, self._seed):
-                split = "dev"
-            return (split,) if self._limits[split].take(label) else ()
-        if not self._limits[split].take(label):
-            return ()
-        return ("dev", "test") if split == "test" and self._fraction is None else (split,)
+        part = self._fraction
+        if split == "train" and part is not None and drawn(index, part, self._seed):
+            split = "dev"
+        return split if self._limits[split].take(label) else None
 
 
 def router_of(args: argparse.Namespace, num_classes: int) -> Router:
@@ -159,6 +157,30 @@ def router_of(args: argparse.Namespace, num_classes: int) -> Router:
     return Router(
         num_classes, limit=args.limit, dev_from_train=args.dev_from_train, seed=args.seed
     )
+
+
+@contextlib.contextmanager
+def open_splits(
+    output_dir: Path, task: str, router: Router
+) -> Iterator[dict[str, writer.SplitWriter]]:
+    """The writers of the router's splits, measured; at the end dev becomes test's file if it has
+    none of its own: a hard link, which costs neither time nor space, or a copy."""
+    with writer.open_splits(output_dir, task, router.splits) as writers, measured(writers):
+        yield writers
+    if "dev" in router.splits:
+        return
+    test, dev = (output_dir / f"{task}.{split}.pickle" for split in ("test", "dev"))
+    part = dev.with_name(dev.name + ".part")
+    try:
+        part.unlink(missing_ok=True)
+        try:
+            os.link(test, part)
+        except OSError:  # a file system without links
+            shutil.copyfile(test, part)
+        os.replace(part, dev)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"{dev}: the same file as {test.name}")
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def read(
     encoded: Sequence[str] = (),
     batch: int = 256,
 ) -> Iterator[dict[str, Any]]:
-    """Examples of a prepared folder in its own order, as dicts of `keys`: bytes and NumPy values.
+    """Examples of a prepared folder, file after file, as dicts of `keys`: bytes and NumPy values.
 
     labels: feature -> the names that its numbers must stand for.
     encoded: picture features to give as the bytes of their files, not decoded.
@@ -91,20 +91,33 @@ def read(
             raise ValueError(
                 f"{folder} numbers its {key} {', '.join(found)}; expected {', '.join(names)}"
             )
+    info = builder.info.splits[split]
+    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise ValueError(f"{folder} is not in TFDS's tfrecord format; prepare it in that")
+    # parsing whole batches takes a tenth of the time of `as_dataset`, which parses one by one
+    wanted = {
+        key: tf.io.FixedLenFeature([], tf.int64 if key in labels else tf.string) for key in keys
+    }
+    pictures = [
+        key
+        for key in keys
+        if key not in encoded and isinstance(builder.info.features[key], tfds.features.Image)
+    ]
+    count = 0
     try:
-        data = builder.as_dataset(
-            split=split,
-            shuffle_files=False,
-            read_config=tfds.ReadConfig(try_autocache=False),
-            decoders={key: tfds.decode.SkipDecoding() for key in encoded},
-        )
-        data = data.map(lambda example: {key: example[key] for key in keys})
-        for rows in tfds.as_numpy(data.batch(batch)):
-            columns = [rows[key] for key in keys]
-            for values in zip(*columns, strict=True):
-                yield dict(zip(keys, values, strict=True))
+        records = tf.data.TFRecordDataset([str(path) for path in info.filepaths])
+        parsed = records.batch(batch).map(lambda rows: tf.io.parse_example(rows, wanted))
+        for rows in parsed.prefetch(2).as_numpy_iterator():
+            for values in zip(*(rows[key] for key in keys), strict=True):
+                row = dict(zip(keys, values, strict=True))
+                for key in pictures:
+                    row[key] = tf.io.decode_image(row[key]).numpy()
+                count += 1
+                yield row
     except Exception as error:
         raise _damaged(folder, split, error) from error
+    if count != info.num_examples:
+        raise ValueError(f"{folder} {split} holds {count:,} of {info.num_examples:,} examples")
 
 
 def _damaged(folder: Path, what: str, error: Exception) -> ValueError:

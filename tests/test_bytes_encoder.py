@@ -1,6 +1,7 @@
 """The byte encoding, its padding, and who becomes a development example."""
 
 import collections
+import os
 
 import numpy as np
 import pytest
@@ -66,7 +67,8 @@ def test_draws_differ_between_seeds_and_blocks_and_stay_what_they_are():
 def count(router, stream):
     found = collections.Counter()
     for split, label in stream:
-        for target in router.route(split, label):
+        target = router.route(split, label)
+        if target is not None:
             found[target, label] += 1
     return found
 
@@ -74,16 +76,34 @@ def count(router, stream):
 STREAM = [("train", 0)] * 3000 + [("train", 1)] * 1000 + [("test", 0)] * 40 + [("test", 1)] * 60
 
 
-def test_dev_is_test_by_default():
-    found = count(routing.Router(2), STREAM)
-    assert found == {
+def test_all_stay_where_they_are_by_default():
+    router = routing.Router(2)
+    assert router.splits == ("train", "test")
+    assert count(router, STREAM) == {
         ("train", 0): 3000,
         ("train", 1): 1000,
-        ("dev", 0): 40,
-        ("dev", 1): 60,
         ("test", 0): 40,
         ("test", 1): 60,
     }
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_dev_is_the_file_of_test(tmp_path, monkeypatch, links):
+    def refuse(*_):
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for text in (b"first", b"second run"):
+        with routing.open_splits(tmp_path, "task", routing.Router(2)) as writers:
+            for split in ("train", "test"):
+                ids = encode_bytes(text + split.encode(), max_ids=20, length=32)
+                writers[split].add(input_ids_0=ids, label=np.int64(1))
+        names = {path.name.split(".", 1)[1] for path in tmp_path.iterdir()}
+        assert names == {"train.pickle", "dev.pickle", "test.pickle"}
+        dev, test = (tmp_path / f"task.{split}.pickle" for split in ("dev", "test"))
+        assert dev.read_bytes() == test.read_bytes()
+        assert dev.samefile(test) == links
 
 
 def test_dev_from_train_takes_from_train_alone():
@@ -97,7 +117,7 @@ def test_dev_from_train_takes_from_train_alone():
 def test_a_limit_is_balanced_in_every_split(part):
     router = routing.Router(2, limit=5, dev_from_train=part)
     found = count(router, STREAM)
-    for split in ("train", "dev", "test"):
+    for split in router.splits:
         assert found[split, 0] == 3 and found[split, 1] == 2
     assert router.full("train") and router.full("test")
 

@@ -19,7 +19,8 @@ def encode_bytes(text: bytes, *, max_ids: int, length: int) -> np.ndarray:
     if not 0 <= max_ids <= length:
         raise ValueError(f"max_ids {max_ids} does not fit the padded length {length}")
     ids = np.zeros(length, dtype=np.int32)
-    kept = np.frombuffer(text, dtype=np.uint8, count=min(len(text), max_ids))
-    ids[: kept.size] = kept
-    ids[: kept.size] += 1
+    count = min(len(text), max_ids)
+    kept = ids[:count]
+    kept[...] = np.frombuffer(text, dtype=np.uint8, count=count)
+    kept += 1
     return ids

@@ -73,23 +73,30 @@ def attention_statistics(
 ) -> AttentionStatistics:
     B, H, N, _ = query.shape
     bs, nb, group_size = block_size, N // block_size, B // groups
-    query, key = _compute(query), _compute(key)
+    query, key = _compute(query) * scale, _compute(key)
     if full and mean_out is None:
         mean_out, mean_weight = query.new_zeros(groups, N, N, dtype=torch.float32), 1.0
     pooled_sum = query.new_zeros(nb, nb, dtype=torch.float64)
     square_sum = query.new_zeros(nb, dtype=torch.float64)
+    # One chunk of rows of one head at a time, in buffers that are reused: fresh memory of this
+    # size comes from the operating system page by page.
     rows = _rows_at_once(query, bs)
+    buffers = [query.new_empty(rows, N) for _ in range(3)]
     for first in range(0, N, rows):
         chunk = slice(first, min(first + rows, N))
         blocks = slice(chunk.start // bs, chunk.stop // bs)
+        scores, probs, total = (buffer[: chunk.stop - first] for buffer in buffers)
         for group in range(groups):
-            total = query.new_zeros(chunk.stop - chunk.start, 0 if mean_out is None else N)
+            total.zero_()
             for b in range(group * group_size, (group + 1) * group_size):
+                real = None if key_padding_mask is None else key_padding_mask[b]
                 for h in range(H):
-                    probs = _softmax_rows(
-                        query[b, h, chunk] @ key[b, h].t() * scale,
-                        None if key_padding_mask is None else key_padding_mask[b],
-                    )
+                    torch.mm(query[b, h, chunk], key[b, h].t(), out=scores)
+                    if real is not None:
+                        scores.masked_fill_(~real, -math.inf)
+                    torch.softmax(scores, -1, out=probs)
+                    if real is not None:  # a softmax over nothing is no number
+                        probs.masked_fill_(~real.any(), 0)
                     pooled = probs.view(-1, bs, N).sum(1).view(-1, nb, bs).sum(-1).double() / bs**2
                     pooled_sum[blocks] += pooled
                     square_sum[blocks] += pooled.square().sum(1)
@@ -109,13 +116,6 @@ def _rows_at_once(query: Tensor, block_size: int) -> int:
     N = query.shape[2]
     elements = 2**17 * torch.get_num_threads() if query.device.type == "cpu" else N * N
     return min(N, block_size * max(1, elements // (N * block_size)))
-
-
-def _softmax_rows(scores: Tensor, real: Tensor | None) -> Tensor:
-    """Softmax over the real keys; zeros if there is none."""
-    if real is None:
-        return scores.softmax(-1)
-    return scores.masked_fill_(~real, -math.inf).softmax(-1).masked_fill_(~real.any(), 0)
 
 
 def _compute(tensor: Tensor) -> Tensor:
@@ -180,13 +180,11 @@ class _BlockSparse(torch.autograd.Function):
             # The rows' factors go where rows are d columns wide instead of c * bs.
             do_rows = _take(do, rows, bs).mul(inverse)
             delta_rows = _take(delta, rows, bs).mul(inverse)
-            dv.index_add_(2, columns.view(-1), torch.bmm(exps.mT, do_rows).view(group))
+            _add_blocks(dv, columns, torch.bmm(exps.mT, do_rows).view(group))
             dscores = torch.bmm(do_rows, _take(v, columns, count).mT).sub_(delta_rows).mul_(exps)
-            k_rows, q_rows = _take(k, columns, count), _take(q, rows, bs)
+            k_rows, q_rows = _take(k, columns, count), _take(q, rows, bs).mul(scale)
             dq.index_copy_(2, rows, torch.bmm(dscores, k_rows).mul_(scale).view(group))
-            dk.index_add_(
-                2, columns.view(-1), torch.bmm(dscores.mT, q_rows.mul(scale)).view(group)
-            )
+            _add_blocks(dk, columns, torch.bmm(dscores.mT, q_rows).view(group))
         dq, dk, dv = (x.view(shape).to(query.dtype) for x in (dq, dk, dv))
         return dq, dk, dv, None, None, None, None
 
@@ -199,3 +197,16 @@ def _blocks(tensor: Tensor, block_size: int) -> Tensor:
 def _take(blocks: Tensor, index: Tensor, rows: int) -> Tensor:
     """The blocks [B, H, nb, bs, d] named by `index`, as matrices [-1, rows, d]."""
     return blocks.index_select(2, index.flatten()).view(-1, rows, blocks.shape[-1])
+
+
+def _add_blocks(blocks: Tensor, index: Tensor, source: Tensor) -> None:
+    """Add `source` to the blocks [B, H, nb, bs, d] named by `index`, in the same order each time.
+
+    Each of the two does so on one kind of device only.
+    """
+    if blocks.device.type == "cpu":
+        blocks.index_add_(2, index.flatten(), source)
+    else:
+        blocks.transpose(0, 2).index_put_(
+            (index.flatten(),), source.transpose(0, 2), accumulate=True
+        )

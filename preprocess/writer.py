@@ -428,7 +428,7 @@ def _sentence(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; nothing half-written is left (--output_dir names another place)"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{error.filename or 'cannot write'}: {error.strerror}"
     return str(error)
 
 

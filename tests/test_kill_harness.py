@@ -56,12 +56,13 @@ def serve():
 
     import main_learnable_skewness
     from config import Config  # noqa: F401
-    from training import report
+    from training import loop, report
 
     logging.import_tensorboard()  # what a run does late, so that only the server has to
     # Drawing would take most of a run's time, and most kills would hit it.
     report.draw_transition = lambda *_: np.zeros((2, 2, 3), np.uint8)
     report.draw_run = lambda *_: None
+    loop.FIRST_BEST_STEP = 1  # these runs are shorter than the 100 steps it takes otherwise
     torch.set_num_threads(1)
     for line in sys.stdin:
         arguments, output = json.loads(line)
@@ -291,15 +292,37 @@ def test_once_all_is_saved_the_first_signal_exits():
 
 def test_patience_that_ran_out_stays_so(server, data_dir, tmp_path):
     """Resuming a run that patience has ended does not train on."""
-    more = ["--train_steps", "300", "--patience", "2", "--set", "training.save_seconds=1000"]
-    command = arguments(data_dir, tmp_path, *more)
-    server.run(command)
+    server.run(arguments(data_dir, tmp_path, "--patience", "2"))
     paths = RunPaths(tmp_path, 0, TASK, "sat")
     before = without_measurements(events(paths))
-    assert 100 < max(train_steps(paths)) < 300
-    server.run([*arguments(data_dir, tmp_path, "--train_steps", "300"), "--resume"])
+    assert max(train_steps(paths)) < STEPS
+    server.run([*arguments(data_dir, tmp_path), "--resume"])
     assert without_measurements(events(paths)) == before
     assert "(--patience)" in server.output.read_text()
+
+
+def test_curves_of_a_run_killed_between_evaluation_and_save(tmp_path):
+    """val/ is numbered from 0: the points of the first repeated evaluation and of the last step
+    that is kept have the same number, and neither may be lost or doubled."""
+    paths = RunPaths(tmp_path, 0, TASK, "sat")
+    places = {"metrics_path": paths.metrics, "tensorboard_dir": paths.tensorboard}
+
+    def session(steps, **resume):
+        log = logging.RunLog(paths.log, **places, **resume)
+        positions = []
+        for step in steps:
+            log.scalars(step, {"train/loss": step / 10})
+            log.scalars(step - 1, {"val/loss": step / 10})
+            positions.append(log.sync())
+        log.close()
+        return positions
+
+    saved = session(range(1, 6))[2]  # 4 and 5 were done, and not saved
+    session(range(4, 8), resume_step=3, resume_position=saved)
+    found = {tag: [step for step, _ in points] for tag, points in curves(paths).items()}
+    assert found == {"train/loss": [1, 2, 3, 4, 5, 6, 7], "val/loss": [0, 1, 2, 3, 4, 5, 6]}
+    session(range(1, 3), resume_step=-1)  # a start anew
+    assert [step for step, _ in curves(paths)["train/loss"]] == [1, 2]
 
 
 def test_stop_after_and_its_resume(server, data_dir, tmp_path):

@@ -25,6 +25,7 @@ from PIL import Image
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from preprocess import routing, tfds_source, writer
+from preprocess.create_cifar10 import gray
 
 TASK = "lra-nature"
 TFDS_NAME = "i_naturalist2018"
@@ -69,14 +70,7 @@ def gray_ids(picture: bytes | str) -> np.ndarray:
         # half the time of a whole decode; values move by less than 1 in the mean
         image.draft("RGB", (4 * SIDE, 4 * SIDE))
         small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    return gray(np.asarray(small)).reshape(-1)
-
-
-def gray(rgb: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] -> int32 [...]: lra-image's float32 formula, rounded after every step."""
-    red, green, blue = np.moveaxis(rgb.astype(np.float32) * np.float32(1 / 255), -1, 0)
-    sum_ = np.float32(0.2989) * red + np.float32(0.5870) * green
-    return ((sum_ + np.float32(0.1140) * blue) * np.float32(255.5)).astype(np.int32)
+    return gray(np.asarray(small)).reshape(-1).astype(np.int32)
 
 
 def encode_chunk(chunk: list[tuple[bytes | str, int]]) -> list[bytes | str]:

@@ -1,11 +1,12 @@
-"""Examples per second of the create scripts against the reference's way, on the same TFDS files.
+"""Examples per second of the create scripts against the reference's way, on the same files.
 
     python benchmarks/prepare.py text --source aclImdb.tar.gz   # --num reviews of each split
     python benchmarks/prepare.py pictures                       # synthetic 800x600 JPEGs
+    python benchmarks/prepare.py retrieval                      # synthetic pairs of long texts
 
 The reference's way, said again here: every example goes alone through tf.py_function, a batch of
 one and a list that is pickled at the end. Both write train, dev and test; imports are not timed;
-the results are compared before the times are (text: equal multisets). Each way runs in its own
+the results are compared before the times are (texts: equal multisets). Each way runs in its own
 process, in turn, --rounds times; the table shows medians, CPU time per example (which other load
 on the machine hardly changes) and the peak memory of the process.
 """
@@ -40,7 +41,9 @@ TASKS = {
         "supercategory",
         "validation",
     ),
+    "retrieval": ("lra-retrieval", "create_retrieval", "tsv_data", "label", "test"),
 }
+DEFAULT_NUM = {"text": 2000, "pictures": 400, "retrieval": 1000}
 
 
 # ---- the files ----------------------------------------------------------------------------------
@@ -73,8 +76,27 @@ def photographs(split: str, num: int):
         yield i, {"id": str(i), "image": buffer, "supercategory": i % 14}
 
 
+def pairs(folder: Path, num: int) -> None:
+    """The three files of lra-retrieval with texts of 2,000 to 30,000 bytes."""
+    from preprocess.create_retrieval import FILES
+
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in FILES.values():
+        with open(folder / name, "wb") as file:
+            for i in range(num):
+                texts = (
+                    random.integers(32, 127, random.integers(2000, 30000), dtype=np.uint8)
+                    for _ in range(2)
+                )
+                file.write(b"%d.0\tP1\tP2\t%b\t%b\n" % (i % 2, *(t.tobytes() for t in texts)))
+
+
 def prepare(kind: str, folder: Path, source: Path | None, num: int) -> None:
-    """A prepared TFDS folder with `num` training and `num` test examples."""
+    """A prepared TFDS folder with `num` training and `num` test examples; or three tsv files."""
+    if kind == "retrieval":
+        pairs(folder / "tsv_data", num)
+        return
     import tensorflow_datasets as tfds
 
     from preprocess.create_inaturalist import SUPERCATEGORIES
@@ -117,6 +139,8 @@ def prepare(kind: str, folder: Path, source: Path | None, num: int) -> None:
 
 def reference(kind: str, folder: Path, out: Path) -> float:
     """Seconds of the reference's way."""
+    if kind == "retrieval":
+        return reference_retrieval(folder / "tsv_data", out)
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -153,12 +177,55 @@ def reference(kind: str, folder: Path, out: Path) -> float:
     return time.perf_counter() - start
 
 
+def reference_retrieval(folder: Path, out: Path) -> float:
+    import tensorflow as tf
+
+    from preprocess.create_retrieval import FILES
+
+    def tokens(text):
+        return tf.constant([byte + 1 for byte in text.numpy()[:10_000]][:4000], tf.int32)
+
+    def encode(row):
+        ids = [tf.py_function(tokens, [row[key]], tf.int32) for key in ("text1", "text2")]
+        for each in ids:
+            each.set_shape([None])
+        return {"1": ids[0], "2": ids[1], "label": tf.cast(row["label"], tf.int32)}
+
+    start = time.perf_counter()
+    for split, name in FILES.items():
+        data = tf.data.experimental.make_csv_dataset(
+            str(folder / name),
+            1,
+            column_names=["label", "id1", "id2", "text1", "text2"],
+            column_defaults=[tf.float32, *[tf.string] * 4],
+            field_delim="\t",
+            use_quote_delim=False,
+            header=False,
+            shuffle=False,
+            num_epochs=1,
+        ).unbatch()
+        data = data.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
+        data = data.padded_batch(1, padded_shapes={"1": [4000], "2": [4000], "label": []})
+        rows = []
+        for instance in iter(data):
+            ids = [
+                np.concatenate([instance[key].numpy()[0], np.zeros(96, np.int32)])
+                for key in ("1", "2")
+            ]
+            label = instance["label"].numpy()[0]
+            rows.append({"input_ids_0": ids[0], "input_ids_1": ids[1], "label": label})
+        with open(out / f"lra-retrieval.{split}.pickle", "wb") as file:
+            pickle.dump(rows, file)
+    return time.perf_counter() - start
+
+
 def ours(kind: str, folder: Path, out: Path) -> float:
     """Seconds of the create script."""
     from preprocess import byte_task, writer
 
     module = importlib.import_module(f"preprocess.{TASKS[kind][1]}")
-    sys.argv = ["create", "--tfds_dir", str(folder), "--output_dir", str(out)]
+    option = "--source" if kind == "retrieval" else "--tfds_dir"
+    sys.argv = ["create", option, str(folder), "--output_dir", str(out)]
     start = time.perf_counter()
     if kind == "text":
         status = writer.main(lambda: byte_task.run(module.TASK))
@@ -190,7 +257,10 @@ def child(way: str, kind: str, folder: Path, out: Path) -> None:
 def multiset(path: Path) -> collections.Counter:
     with open(path, "rb") as file:
         rows = pickle.load(file)
-    return collections.Counter((row["input_ids_0"].tobytes(), int(row["label"])) for row in rows)
+    return collections.Counter(
+        (*(np.asarray(row[key]).tobytes() for key in sorted(row) if key != "label"), row["label"])
+        for row in rows
+    )
 
 
 def compare(kind: str, scratch: Path, num: int) -> None:
@@ -207,7 +277,7 @@ def main() -> None:
     )
     parser.add_argument("kind", choices=TASKS)
     parser.add_argument("--source", type=Path, help="aclImdb archive, for text")
-    parser.add_argument("--num", type=int, help="examples a split (default: 2000; pictures: 400)")
+    parser.add_argument("--num", type=int, help=f"examples a split (default: {DEFAULT_NUM})")
     parser.add_argument("--tfds", type=Path, help="prepare the files here, or use what is here")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the numbers here too")
@@ -219,7 +289,7 @@ def main() -> None:
         return
     if args.kind == "text" and args.source is None and args.tfds is None:
         parser.error("text needs --source or --tfds")
-    num = args.num or (2000 if args.kind == "text" else 400)
+    num = args.num or DEFAULT_NUM[args.kind]
     found: dict[str, list[dict]] = {"reference": [], "ours": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.tfds or Path(scratch) / "tfds"

@@ -82,22 +82,15 @@ _HEADER = (
 )  # MEMOIZE POP ... EMPTY_LIST
 
 
-def _array(ids: np.ndarray) -> bytes:
+def _array(ids: np.ndarray) -> tuple:
+    """Parts of an array's opcodes; its data is not copied."""
     if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or ids.ndim != 1:
         raise TypeError(
             f"ids must be a one-dimensional int32 array, not {type(ids).__name__} {ids!r:.80}"
         )
-    data = ids.astype("<i4", copy=False).tobytes()
-    return b"".join(
-        (
-            _RECONSTRUCT + _ARGUMENTS + b"R(K\x01J",
-            struct.pack("<i", len(ids)),
-            b"\x85" + _INT32 + b"\x89B",
-            struct.pack("<I", len(data)),
-            data,
-            b"tb",
-        )
-    )
+    data = np.ascontiguousarray(ids, dtype="<i4").data
+    head = _RECONSTRUCT + _ARGUMENTS + b"R(K\x01J" + struct.pack("<i", len(ids))
+    return head, b"\x85" + _INT32 + b"\x89B" + struct.pack("<I", data.nbytes), data, b"tb"
 
 
 def _label(label) -> bytes:
@@ -112,8 +105,9 @@ def _label(label) -> bytes:
 
 def encode_example(input_ids_0: np.ndarray, label, input_ids_1: np.ndarray | None = None) -> bytes:
     """One example as pickle opcodes (in a worker process); `SplitWriter.add_encoded` takes it."""
-    second = b"" if input_ids_1 is None else _IDS_1 + _array(input_ids_1)
-    return b"}(" + _IDS_0 + _array(input_ids_0) + second + _LABEL + _label(label) + b"u"
+    second = () if input_ids_1 is None else (_IDS_1, *_array(input_ids_1))
+    parts = (b"}(", _IDS_0, *_array(input_ids_0), *second, _LABEL, _label(label), b"u")
+    return b"".join(parts)  # one copy of the ids
 
 
 class SplitWriter:

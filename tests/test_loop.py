@@ -125,6 +125,7 @@ def test_numbers_that_break_stop_before_the_weights_move(fresh, capsys, monkeypa
     last = tiny.checkpoints(fresh) / "sat.last.model"
     assert f"the {part} of step 18 (sparse phase) is not finite" in error
     assert f"the last good checkpoint is {last}" in error and error.count("\n") == 1
+    assert error in (tiny.logs(fresh) / "train.sat.log").read_text()
     state = load_checkpoint(last)
     assert state.step == 10
     assert all(value.isfinite().all() for value in state.model_state_dict.values())
@@ -140,11 +141,8 @@ def test_a_signal_ends_the_run_after_its_step(fresh, capsys, monkeypatch):
 
     monkeypatch.setattr(loop, "_train_step", interrupted)
     before = signal.getsignal(signal.SIGINT)
-    try:
-        assert tiny.train(fresh, *FAST_TRANSITION) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert tiny.train(fresh, *FAST_TRANSITION) == 130
+    assert signal.getsignal(signal.SIGINT) is before
     output = capsys.readouterr().out
     assert "stopped by SIGINT after step 8; go on with: python main_learn" in output
     assert load_checkpoint(tiny.checkpoints(fresh) / "sat.last.model").step == 8

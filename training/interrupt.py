@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 
 class StopSignal:
@@ -15,11 +16,18 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = 0
         self._all_saved = False
+        self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Takes over SIGINT and SIGTERM."""
+        """Takes over SIGINT and SIGTERM, until `remove`."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+            self._before[number] = signal.signal(number, self._handle)
+
+    def remove(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
     def all_saved(self) -> None:
         """From now on there is nothing to finish: a signal ends the process at once."""

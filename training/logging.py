@@ -32,6 +32,9 @@ class NullLog:
     def line(self, text: str = "") -> None:
         """One line for people: console and log file."""
 
+    def note(self, text: str) -> None:
+        """One line for the log file alone: the console hears it otherwise."""
+
     def event(self, event: str, **values: Any) -> None:
         """One object for programs: a line of metrics.jsonl."""
 
@@ -118,6 +121,9 @@ class RunLog(NullLog):
                 self._bar.write(text, file=sys.stdout)
         else:
             say(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
         self._log.write(text + "\n")
         self._log.flush()
 

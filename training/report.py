@@ -105,6 +105,7 @@ def resolved_settings(run: Run) -> dict[str, Any]:
         "device": run.device.type,
         "processes": run.world.size,
         "threads": torch.get_num_threads(),
+        "train_examples": run.train_data.size,
     }
 
 
@@ -511,6 +512,9 @@ def _figure(width: float, height: float):
 
 def _save(figure, canvas, path: Path) -> np.ndarray:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    from PIL import Image
+
     canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    Image.fromarray(pixels).save(path)
+    return pixels

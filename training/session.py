@@ -7,6 +7,7 @@ exit code 2, a run that fails later in exit code 1; `guarded` turns exceptions i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -193,7 +194,12 @@ def train_run(
         # its tensors are the model's now; holding both would double the criterion's memory
         state = None
         return _train_and_test(run, test_data)
+    except TrainingFailed as error:
+        with contextlib.suppress(OSError):  # a full disk may be the very reason
+            log.note(f"error: {error}")
+        raise
     finally:
+        run.stop.remove()
         log.close()
         world.close()
 
@@ -338,7 +344,14 @@ def _changed_circumstances(run: Run, stored: dict) -> list[str]:
     return [
         f"{name} was {stored[name]} when the run started and is {now[name]} now: results may "
         f"differ in the last bits"
-        for name in ("threads", "processes", "device", "backend", "micro_batch_size")
+        for name in (
+            "threads",
+            "processes",
+            "device",
+            "backend",
+            "micro_batch_size",
+            "train_examples",
+        )
         if stored.get(name) != now[name]
     ]
 

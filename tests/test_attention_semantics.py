@@ -426,18 +426,25 @@ def check_compiled(case, which, compiler, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("apart", ["examples", "rows"])
 @pytest.mark.parametrize("which", ["sparse", "dense"])
-def test_strides_beyond_int32(case, which):
-    """Views into one buffer whose examples lie more than 2**31 elements apart."""
+def test_strides_beyond_int32(case, which, apart):
+    """Views into one buffer whose examples, or first and last rows, lie 2**31 elements apart."""
     case.require(op=which, block_size=16)
     B, H, N, d = 2, 2, 64, 32
     *inputs, dout = make_inputs(B, H, N, d)
-    far = 2**31 + 64
-    buffer = torch.empty(far + 4 * H * N * d, device=case.device)  # touched at its ends only
+    size = B * H * N * d
+    buffer = torch.empty(2**31 + 8 * size, device=case.device)  # only its used pages get memory
+    row = 2**31 // (N - 1) + d
+    strides = {
+        "examples": (2**31 + 64, N * d, d, 1),
+        "rows": (4 * H * d, 4 * d, row, 1),
+    }[apart]
     views = []
     for i, tensor in enumerate((*inputs, dout)):
-        view = buffer[i * H * N * d :].as_strided((B, H, N, d), (far, N * d, d, 1), i * H * N * d)
-        views.append(view.copy_(tensor))
+        first = i * (size if apart == "examples" else d)
+        views.append(buffer.as_strided((B, H, N, d), strides, first).copy_(tensor))
+    assert all(view.equal(x) for view, x in zip(views, (*inputs, dout), strict=True)), "overlap"
     layout = BlockLayout.from_mask(make_mask("mixed", 4), 16).to(case.device)
 
     def run(*qkv):

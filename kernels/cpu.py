@@ -36,8 +36,6 @@ def supports(op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
         return f"the tensors are on {query.device}"
     if query.dtype not in TYPES:
         return f"dtype {query.dtype}, it computes float32 and bfloat16"
-    if op == "attention_statistics":
-        return "not built yet"
     if query.shape[3] > LARGEST:
         return f"head_dim {query.shape[3]}, it goes up to {LARGEST}"
     size = _dense_block(query.shape[2]) if layout is None else layout.block_size
@@ -79,7 +77,19 @@ def attention_statistics(
     mean_out: Tensor | None,
     mean_weight: float,
 ) -> AttentionStatistics:
-    raise NotImplementedError
+    B, H, N, d = query.shape
+    if full and mean_out is None:
+        mean_out, mean_weight = query.new_zeros(groups, N, N, dtype=torch.float32), 1.0
+    if d % GRANULE:
+        query, key = (F.pad(x, (0, GRANULE - d % GRANULE)) for x in (query, key))
+    pooled_sum, square_sum = torch.ops.sat.attention_statistics(
+        query, key, key_padding_mask, block_size, scale, groups, mean_out, mean_weight
+    )
+    return AttentionStatistics(
+        mean_attention=mean_out,
+        pooled_mean=(pooled_sum.sum(0) / (B * H)).float(),
+        pooled_square_mean=square_sum.sum() / (B * H * (N // block_size) ** 2),
+    )
 
 
 def _dense_block(length: int) -> int:
@@ -110,6 +120,11 @@ _library.define(
     "Tensor lse, Tensor? key_padding_mask, Tensor[] lists, int block_size, float scale, "
     "bool pruned_zero) -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
 )
+_library.define(
+    "attention_statistics(Tensor query, Tensor key, Tensor? key_padding_mask, int block_size, "
+    "float scale, int groups, Tensor(a!)? mean, float mean_weight) "
+    "-> (Tensor pooled_sum, Tensor square_sum)"
+)
 
 
 def _forward(query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero):
@@ -134,6 +149,36 @@ def _backward(
         status = native.load().sat_attention_backward(ctypes.byref(struct))
         native.check(status, "sat_attention_backward")
     return dquery, dkey, dvalue
+
+
+def _statistics(query, key, key_padding_mask, block_size, scale, groups, mean, mean_weight):
+    pooled_sum, square_sum = _empty_pooled(query, block_size, groups)
+    mask = None if key_padding_mask is None else key_padding_mask.contiguous()
+    struct = _SatStatistics(
+        query=_tensor(query),
+        key=_tensor(key),
+        real=None if mask is None else mask.data_ptr(),
+        mean=None if mean is None else mean.data_ptr(),
+        pooled_sum=pooled_sum.data_ptr(),
+        square_sum=square_sum.data_ptr(),
+        bs=block_size,
+        groups=groups,
+        type=TYPES[query.dtype],
+        threads=torch.get_num_threads(),
+        scale=scale,
+        weight=mean_weight,
+    )
+    struct.B, struct.H, struct.N, struct.d = query.shape
+    status = native.load().sat_attention_statistics(ctypes.byref(struct))
+    native.check(status, "sat_attention_statistics")
+    return pooled_sum, square_sum
+
+
+def _empty_pooled(query: Tensor, block_size: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Sums over the heads of each group: block means [groups, nb, nb], squares [groups, nb]."""
+    nb = query.shape[2] // block_size
+    pooled_sum = query.new_empty(groups, nb, nb, dtype=torch.float64)
+    return pooled_sum, query.new_empty(groups, nb, dtype=torch.float64)
 
 
 def _empty_like(query: Tensor) -> Tensor:
@@ -163,9 +208,14 @@ def _differentiate(ctx, dout, dlse):
 
 _library.impl("attention", _forward, "CPU")
 _library.impl("attention_backward", _backward, "CPU")
+_library.impl("attention_statistics", _statistics, "CPU")
 torch.library.register_fake("sat::attention", lambda query, *rest: _empty_outputs(query))
 torch.library.register_fake(
     "sat::attention_backward", lambda dout, query, *rest: tuple(_empty_like(query) for _ in "qkv")
+)
+torch.library.register_fake(
+    "sat::attention_statistics",
+    lambda query, key, mask, bs, scale, groups, *rest: _empty_pooled(query, bs, groups),
 )
 torch.library.register_autograd("sat::attention", _differentiate, setup_context=_setup_context)
 
@@ -194,6 +244,19 @@ class _SatAttention(ctypes.Structure):
         ("pruned_zero", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("scale", ctypes.c_float),
+    ]
+
+
+class _SatStatistics(ctypes.Structure):
+    _fields_ = [
+        ("query", _SatTensor),
+        ("key", _SatTensor),
+        *((pointer, ctypes.c_void_p) for pointer in ("real", "mean", "pooled_sum", "square_sum")),
+        *((size, ctypes.c_int64) for size in ("B", "H", "N", "d", "bs", "groups")),
+        ("type", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("weight", ctypes.c_float),
     ]
 
 

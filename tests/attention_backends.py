@@ -71,7 +71,6 @@ def _cpu(isa: str) -> Case:
         dtypes=(FP32, BF16),
         block_sizes=(16, 32, 48, 64, 128),
         skip=lambda: native.reason_unavailable() or native.list_isas()[isa],
-        ops=("sparse", "dense"),
         num_examples=300 if isa == "avx2" else 100,
     )
 

@@ -32,7 +32,7 @@ constexpr float HUGE_LSE = 1e30f;       // stands for +inf in kernels: exp2(s - 
 constexpr float SAFE_SUM = 0x1p60f;     // unnormalised sums within [1 / SAFE_SUM, SAFE_SUM] keep full precision
 constexpr int MAX_BLOCK = 128;
 
-#if SAT_WIDTH == 8
+#if SAT_WIDTH == 8 || defined(__SSE2__) && SAT_WIDTH == 4
 constexpr int REGISTERS = 16;
 #else
 constexpr int REGISTERS = 32;
@@ -197,7 +197,7 @@ class Scratch {
     bool failed() const { return !base_; }
     float* take(size_t floats) {
         float* piece = next_;
-        next_ += (floats + 15) / 16 * 16;
+        next_ += (floats + 15) / 16 * 16;    // the constructor's 1024 floats pay for the rounding
         return piece;
     }
 
@@ -217,6 +217,29 @@ struct Blocks {
 Blocks blocks_of(const int32_t* offsets, const int32_t* list, long index, long nb) {
     if (!offsets) return {nullptr, static_cast<int>(nb)};
     return {list + offsets[index], offsets[index + 1] - offsets[index]};
+}
+
+// ---- threads ----
+
+// Calls work(pieces, index) for index in [0, count) on `threads` threads, each with scratch of its own.
+template <class Make, class Work>
+int spread(long threads, long count, int chunk, size_t floats, Make make, Work work) {
+    bool failed = false;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        Scratch scratch(floats);
+        if (scratch.failed()) {
+#pragma omp atomic write
+            failed = true;
+        }
+#pragma omp barrier
+        if (!failed) {    // the same for every thread
+            const auto pieces = make(scratch);
+#pragma omp for schedule(dynamic, chunk)
+            for (long i = 0; i < count; ++i) work(pieces, i);
+        }
+    }
+    return failed ? SAT_OUT_OF_MEMORY : SAT_OK;
 }
 
 // ---- forward ----
@@ -529,34 +552,13 @@ struct Kernel {
         }
     }
 
-    // ---- threads ----
-
-    // Calls work(scratch, index) for index in [0, count) on the call's threads; each has scratch of its own.
-    template <class Make, class Work>
-    int spread(long count, int chunk, size_t floats, Make make, Work work) const {
-        bool failed = false;
-#pragma omp parallel num_threads(static_cast<int>(call.threads))
-        {
-            Scratch scratch(floats);
-            if (scratch.failed()) {
-#pragma omp atomic write
-                failed = true;
-            }
-#pragma omp barrier
-            if (!failed) {    // the same for every thread
-                const auto pieces = make(scratch);
-#pragma omp for schedule(dynamic, chunk)
-                for (long i = 0; i < count; ++i) work(pieces, i);
-            }
-        }
-        return failed ? SAT_OUT_OF_MEMORY : SAT_OK;
-    }
+    // ---- whole calls ----
 
     int forward() const {
         const long H = call.H, heads = call.B * H;
         // The heads of an example lie side by side in memory: one thread takes them together.
         return spread(
-            heads * nb, static_cast<int>(heads >= call.threads ? nb : 1), Forward::size(d),
+            call.threads, heads * nb, static_cast<int>(heads >= call.threads ? nb : 1), Forward::size(d),
             [&](Scratch& scratch) { return Forward(scratch, d); },
             [&](const Forward& s, long i) { forward_row(i / nb / H, i / nb % H, i % nb, s); });
     }
@@ -566,56 +568,197 @@ struct Kernel {
         if (heads >= call.threads) {
             const long accumulated = in_place() ? 0 : call.N;
             return spread(
-                heads, 1, Backward::size(d, accumulated),
+                call.threads, heads, 1, Backward::size(d, accumulated),
                 [&](Scratch& scratch) { return Backward(scratch, d, accumulated); },
                 [&](const Backward& s, long i) { backward_head(i / H, i % H, s); });
         }
         const long accumulated = in_place() ? 0 : bs;
         auto make = [&](Scratch& scratch) { return Backward(scratch, d, accumulated); };
-        const int status = spread(heads * nb, 1, Backward::size(d, accumulated), make, [&](const Backward& s, long i) {
+        const int status = spread(call.threads, heads * nb, 1, Backward::size(d, accumulated), make, [&](const Backward& s, long i) {
             backward_row<false>(i / nb / H, i / nb % H, i % nb, nullptr, nullptr, 0, s);
         });
         if (status != SAT_OK) return status;
-        return spread(heads * nb, 1, Backward::size(d, accumulated), make, [&](const Backward& s, long i) {
+        return spread(call.threads, heads * nb, 1, Backward::size(d, accumulated), make, [&](const Backward& s, long i) {
             backward_column(i / nb / H, i / nb % H, i % nb, s);
         });
     }
 };
 
-// Calls run(kernel) with the kernel made for the call's head_dim and block_size.
-template <int D, class Run>
-int with_tile(const SatAttention& call, Run run) {
+// ---- statistics ----
+
+// One task is a row of blocks of one group of examples, tile of queries by tile. All probabilities of a tile and one head,
+// [N][TI], stay in cache between the sweep that takes their exponentials and the one that adds them, divided by
+// their sum, to the tile's mean. `bs` here only pools: it is as large as a tile or a multiple of it.
+template <int D, int TI, int TJ>
+struct Statistics {
+    using Tile = Kernel<D, TI, TJ>;
+    static constexpr int NV = TI / W;
+    const SatStatistics& call;
+    const int d;
+    const int bs;
+    const long N, nb;
+    const long heads;    // of a group: its examples times H
+
+    explicit Statistics(const SatStatistics& c)
+        : call(c), d(D ? D : static_cast<int>(c.d)), bs(static_cast<int>(c.bs)), N(c.N), nb(c.N / c.bs),
+          heads(c.B / c.groups * c.H) {}
+
+    struct Pieces {
+        float *rows, *keys;    // converted inputs
+        float* qt;             // [d][TI]
+        float* p;              // [N][TI], or [TJ][TI] where only the pooled sums are wanted
+        float* mean;           // [N][TI]
+        float* sums;           // [nb][TI] over the keys of a block
+        float *reference, *total, *inverse;    // [TI]
+        float* pooled;         // [heads][nb] sums over a block
+    };
+    size_t size() const {
+        return TI * d + TJ * d + TI * d + 2 * (call.mean ? N : TJ) * TI + nb * TI + 3 * TI + heads * nb;
+    }
+    Pieces pieces(Scratch& s) const {
+        const size_t probs = (call.mean ? N : TJ) * TI;
+        Pieces x;
+        x.rows = s.take(TI * d), x.keys = s.take(TJ * d), x.qt = s.take(d * TI);
+        x.p = s.take(probs), x.mean = s.take(probs), x.sums = s.take(nb * TI);
+        x.reference = s.take(TI), x.total = s.take(TI), x.inverse = s.take(TI);
+        x.pooled = s.take(heads * nb);
+        return x;
+    }
+
+    // Calls use(first, real) for each tile of keys that has a real one.
+    template <class Use>
+    SAT_INLINE void each_tile(const uint8_t* real, Use use) const {
+        for (long first = 0; first < N; first += TJ) {
+            const KeysState state = state_of(real ? real + first : nullptr, TJ);
+            if (state != NO_KEY) use(first, state == ALL_KEYS ? nullptr : real + first);
+        }
+    }
+
+    // Exponentials to p, their sums over each block to sums, over all keys to total. False if out of the safe range.
+    bool sweep(const char* k_head, const uint8_t* real, const Pieces& s) const {
+        memset(s.sums, 0, sizeof(float) * nb * TI);
+        each_tile(real, [&](long first, const uint8_t* mask) {
+            const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
+            Tile::exp_scores(d, k, s.qt, s.reference, mask, call.mean ? s.p + first * TI : s.p, s.sums + first / bs * TI);
+        });
+        bool safe = true;
+        for (int v = 0; v < NV; ++v) {
+            vec total{};
+            for (long c = 0; c < nb; ++c) total += load(s.sums + c * TI + v * W);
+            store(s.total + v * W, total);
+            for (int lane = 0; lane < W; ++lane) safe &= total[lane] > 1 / SAFE_SUM && total[lane] < SAFE_SUM;
+        }
+        return safe;
+    }
+
+    // One head against the tile of queries that starts at `row`.
+    void head(long b, long h, long row, float* pooled, const Pieces& s) const {
+        const uint8_t* real = call.real ? call.real + b * N : nullptr;
+        if (real && !memchr(real, 1, N)) return;    // p is 0
+        const char* q_head = head_of(call.query, call.type, b, h);
+        const char* k_head = head_of(call.key, call.type, b, h);
+        pack<TI>(rows_of(call.query, call.type, q_head, row, TI, d, s.rows), TI, d, call.scale * LOG2E, s.qt);
+        memset(s.reference, 0, sizeof(float) * TI);
+        if (!sweep(k_head, real, s)) {
+            for (int i = 0; i < TI; ++i) s.reference[i] = -__builtin_inff();
+            each_tile(real, [&](long first, const uint8_t* mask) {
+                Tile::max_scores(d, rows_of(call.key, call.type, k_head, first, TJ, d, s.keys), s.qt, mask, s.reference);
+            });
+            sweep(k_head, real, s);
+        }
+        for (int v = 0; v < NV; ++v) store(s.inverse + v * W, 1.0f / load(s.total + v * W));
+        for (long c = 0; c < nb; ++c) {
+            vec block{};
+            for (int v = 0; v < NV; ++v) block += load(s.sums + c * TI + v * W) * load(s.inverse + v * W);
+            pooled[c] += sum(block);
+        }
+        if (call.mean) each_tile(real, [&](long first, const uint8_t*) { add_probs(s, first); });
+    }
+
+    static __attribute__((noinline)) void add_probs(const Pieces& s, long first) {
+        vec inverse[NV];
+        for (int v = 0; v < NV; ++v) inverse[v] = load(s.inverse + v * W);
+        for (long j = first; j < first + TJ; ++j)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                float* mean = s.mean + j * TI + v * W;
+                store(mean, load(mean) + load(s.p + j * TI + v * W) * inverse[v]);
+            }
+    }
+
+    void row_of_blocks(long group, long r, const Pieces& s) const {
+        const float weight = call.weight / static_cast<float>(heads);
+        memset(s.pooled, 0, sizeof(float) * heads * nb);
+        for (long row = r * bs; row < (r + 1) * bs; row += TI) {
+            if (call.mean) memset(s.mean, 0, sizeof(float) * N * TI);
+            for (long n = 0; n < heads; ++n)
+                head(group * (call.B / call.groups) + n / call.H, n % call.H, row, s.pooled + n * nb, s);
+            if (call.mean)
+                for (int i = 0; i < TI; i += W)
+                    for (long j = 0; j < N; j += W) {
+                        vec x[W];
+                        for (int k = 0; k < W; ++k) x[k] = load(s.mean + (j + k) * TI + i);
+                        transpose(x);
+                        float* mean = call.mean + (group * N + row + i) * N + j;
+                        for (int k = 0; k < W; ++k) store(mean + k * N, load(mean + k * N) + x[k] * weight);
+                    }
+        }
+        double squares = 0;
+        double* pooled_sum = call.pooled_sum + (group * nb + r) * nb;
+        for (long c = 0; c < nb; ++c) pooled_sum[c] = 0;
+        for (long n = 0; n < heads; ++n)
+            for (long c = 0; c < nb; ++c) {
+                const double value = static_cast<double>(s.pooled[n * nb + c]) / (bs * bs);
+                pooled_sum[c] += value;
+                squares += value * value;
+            }
+        call.square_sum[group * nb + r] = squares;
+    }
+
+    int run() const {
+        return spread(
+            call.threads, call.groups * nb, 1, size(), [&](Scratch& scratch) { return pieces(scratch); },
+            [&](const Pieces& s, long i) { row_of_blocks(i / nb, i % nb, s); });
+    }
+};
+
+// Calls run(kernel) with the Kernel (or Statistics) made for the call's head_dim and block_size.
+template <template <int, int, int> class Made, int D, class Call>
+int with_tile(const Call& call) {
 #if SAT_WIDTH == 16
-    if (call.bs % 64 == 0) return run(Kernel<D, 64, 32>(call));
+    if (call.bs % 64 == 0) return Made<D, 64, 32>(call).run();
 #endif
 #if SAT_WIDTH >= 8
-    if (call.bs % 32 == 0) return run(Kernel<D, 32, 32>(call));
+    if (call.bs % 32 == 0) return Made<D, 32, 32>(call).run();
 #endif
-    return run(Kernel<D, 16, 16>(call));
+    return Made<D, 16, 16>(call).run();
 }
 
-template <class Run>
-int with_kernel(const SatAttention& call, Run run) {
-    switch (call.d) {
-        case 32:
-            return with_tile<32>(call, run);
-        case 64:
-            return with_tile<64>(call, run);
-        default:
-            return with_tile<0>(call, run);
-    }
+template <template <int, int, int> class Made, class Call>
+int with_kernel(const Call& call) {
+#ifdef SAT_SPECIALISED    // the portable path takes too long to compile three times
+    if (call.d == 32) return with_tile<Made, 32>(call);
+    if (call.d == 64) return with_tile<Made, 64>(call);
+#endif
+    return with_tile<Made, 0>(call);
 }
+
+template <int D, int TI, int TJ>
+struct ForwardPass : Kernel<D, TI, TJ> {
+    using Kernel<D, TI, TJ>::Kernel;
+    int run() const { return this->forward(); }
+};
+
+template <int D, int TI, int TJ>
+struct BackwardPass : Kernel<D, TI, TJ> {
+    using Kernel<D, TI, TJ>::Kernel;
+    int run() const { return this->backward(); }
+};
 
 }    // namespace
 
-int attention_forward(const SatAttention& call) {
-    return with_kernel(call, [](const auto& kernel) { return kernel.forward(); });
-}
-
-int attention_backward(const SatAttention& call) {
-    return with_kernel(call, [](const auto& kernel) { return kernel.backward(); });
-}
-
-int attention_statistics(const SatStatistics&) { return SAT_NOT_SUPPORTED; }
+int attention_forward(const SatAttention& call) { return with_kernel<ForwardPass>(call); }
+int attention_backward(const SatAttention& call) { return with_kernel<BackwardPass>(call); }
+int attention_statistics(const SatStatistics& call) { return with_kernel<Statistics>(call); }
 
 }    // namespace SAT_ISA_NAMESPACE

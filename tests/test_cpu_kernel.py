@@ -1,0 +1,260 @@
+"""The compiled library and what only it promises; values are in test_attention_semantics.py."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import (
+    BlockLayout,
+    attention_statistics,
+    block_sparse_attention,
+    dense_attention,
+    native,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_library = pytest.mark.skipif(
+    native.reason_unavailable() is not None, reason=str(native.reason_unavailable())
+)
+
+
+def run_python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads; puts the old one back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def everything(heads: tuple[int, int], dtype: torch.dtype, bs: int) -> list[torch.Tensor]:
+    """Outputs, gradients and statistics of one small problem."""
+    B, H = heads
+    N, d = 256, 32
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(B, H, N, d, generator=generator) * 2 for _ in range(3)]
+    query, key, value = (x.to(dtype).requires_grad_() for x in inputs)
+    mask = torch.rand(N // bs, N // bs, generator=generator) < 0.4
+    padding = torch.rand(B, N, generator=generator) < 0.8
+    results = []
+    for out in (
+        block_sparse_attention(
+            query,
+            key,
+            value,
+            BlockLayout.from_mask(mask, bs),
+            key_padding_mask=padding,
+            backend="cpu",
+        ),
+        dense_attention(query, key, value, key_padding_mask=padding, backend="cpu"),
+    ):
+        results += [out.detach(), *torch.autograd.grad(out.square().sum(), (query, key, value))]
+    statistics = attention_statistics(
+        query, key, block_size=bs, key_padding_mask=padding, groups=B, backend="cpu"
+    )
+    return [
+        *results,
+        statistics.mean_attention,
+        statistics.pooled_mean,
+        statistics.pooled_square_mean,
+    ]
+
+
+@needs_library
+@pytest.mark.parametrize("bs", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2)])
+def test_same_bits_for_any_number_of_threads(threads, heads, dtype, bs):
+    # (1, 1) and, from 8 threads on, (3, 1) spread the rows and columns of a head over threads.
+    threads(1)
+    expected = everything(heads, dtype, bs)
+    for count in (2, 3, 8):
+        threads(count)
+        for ours, theirs in zip(everything(heads, dtype, bs), expected, strict=True):
+            assert torch.equal(ours, theirs), f"{count} threads give other bits than one"
+
+
+@needs_library
+def test_nan_and_infinity_are_not_swallowed():
+    query, key, value = (torch.randn(1, 1, 64, 32) for _ in range(3))
+    layout = BlockLayout.full(2, 32)
+    for bad in (torch.nan, torch.inf):
+        poisoned = query.clone()
+        poisoned[0, 0, 5, 3] = bad
+        out = block_sparse_attention(poisoned, key, value, layout, backend="cpu")
+        assert out[0, 0, 5].isnan().all(), f"{bad} in a query gave {out[0, 0, 5, 0]}"
+        assert out[0, 0, 6:].isfinite().all()
+
+
+@needs_library
+def test_one_openmp_runtime_in_the_process():
+    code = (
+        "import torch\nfrom kernels import native\nnative.load()\n"
+        "paths = {line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line}\n"
+        "names = [path.rsplit('/')[-1] for path in paths]\n"
+        "print([n for n in names if n.startswith(('libgomp', 'libiomp', 'libomp'))])"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(".so") == 1, result.stdout
+
+
+@needs_library
+def test_loads_from_any_directory(tmp_path):
+    result = run_python("from kernels import native; print(native.isa())", cwd=tmp_path)
+    assert result.stdout.strip() in native.list_isas(), result.stderr
+
+
+@needs_library
+def test_instruction_set_can_be_forced():
+    code = "from kernels import native; print(native.reason_unavailable() or native.isa())"
+    assert run_python(code, SAT_CPU_ISA="portable").stdout.strip() == "portable"
+    wrong = run_python(code, SAT_CPU_ISA="mmx").stdout.strip()
+    assert wrong.startswith("SAT_CPU_ISA=mmx: there is no such instruction set; use one of port")
+    missing = [name for name, reason in native.list_isas().items() if reason]
+    for name in missing:
+        said = run_python(code, SAT_CPU_ISA=name).stdout.strip()
+        assert said.startswith(f"SAT_CPU_ISA={name}: ") and "use one of" in said, said
+
+
+@needs_library
+def test_c_refuses_what_it_cannot_do():
+    from kernels.cpu import _SatAttention
+
+    struct = _SatAttention(B=1, H=1, N=40, d=20, bs=20, threads=1)
+    with pytest.raises(RuntimeError, match="a shape or dtype it does not support"):
+        native.check(native.load().sat_attention_forward(ctypes.byref(struct)), "forward")
+
+
+# ---- a library that does not fit the sources -----------------------------------------
+
+
+def clone(tmp_path: Path) -> Path:
+    """A copy of what compile.sh and the loader need, without the parts that take long to build."""
+    copy = tmp_path / "copy"
+    shutil.copytree(
+        ROOT / "kernels",
+        copy / "kernels",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.cu", "*.cuh", "build*"),
+    )
+    shutil.copy(ROOT / "compile.sh", copy)
+    return copy
+
+
+def keep_only_the_frame(copy: Path) -> None:
+    """Leaves library.cpp as the only source, so that compile.sh takes a second."""
+    for source in (copy / "kernels" / "csrc").glob("*.cpp"):
+        if source.name != "library.cpp":
+            source.unlink()
+
+
+def compile_sh(copy: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["sh", "compile.sh"],
+        cwd=copy,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+REASON = "from kernels import native; print(native.reason_unavailable())"
+
+
+def test_library_that_is_missing_stale_or_broken_is_refused_in_a_sentence(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    copy = clone(tmp_path)
+    keep_only_the_frame(copy)
+
+    def reason():
+        return run_python(REASON, cwd=copy, PYTHONPATH=str(copy), SAT_CPU_ISA="").stdout.strip()
+
+    assert reason() == "libsat_cpu.so is not built: run `sh compile.sh`"
+    built = compile_sh(copy, CXX="g++", NVCC="no-nvcc")
+    assert built.returncode == 0, built.stderr
+    assert "built: kernels/libsat_cpu.so" in built.stdout
+    assert reason() == "None"
+    again = compile_sh(copy, CXX="g++", NVCC="no-nvcc")
+    assert "up to date: kernels/libsat_cpu.so" in again.stdout
+
+    with open(copy / "kernels" / "csrc" / "library.cpp", "a") as source:
+        source.write("// changed\n")
+    said = reason()
+    assert said == "libsat_cpu.so was built from other sources than these: run `sh compile.sh`"
+    library = copy / "kernels" / "libsat_cpu.so"
+    library.write_bytes(b"not a library")
+    assert "cannot be loaded" in reason() and "sh compile.sh" in reason()
+
+
+def test_compile_sh_explains_what_it_cannot_do(tmp_path):
+    copy = clone(tmp_path)
+    keep_only_the_frame(copy)
+    tools = tmp_path / "tools"  # a PATH with everything but compilers
+    tools.mkdir()
+    for tool in (
+        "sh",
+        "dirname",
+        "mktemp",
+        "rm",
+        "head",
+        "cat",
+        "cut",
+        "sha256sum",
+        "uname",
+        "tr",
+    ):
+        (tools / tool).symlink_to(shutil.which(tool))
+    broken = tools / "broken-g++"
+    broken.write_text("#!/bin/sh\necho 'broken-g++: internal error' >&2\nexit 1\n")
+    broken.chmod(0o755)
+
+    def fails(**environment):
+        result = compile_sh(copy, **environment)
+        assert result.returncode != 0
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1, result.stderr
+        assert "training still runs" in lines[0]
+        assert not list((copy / "kernels").glob(".build*")), "the build directory stayed behind"
+        return lines[0]
+
+    assert "no C++ compiler found" in fails(PATH=str(tools), CXX="")
+    assert "CXX=no-such-compiler is not a program" in fails(CXX="no-such-compiler")
+    assert "cannot compile an empty program (broken-g++: internal error)" in fails(
+        PATH=f"{tools}:{os.environ['PATH']}", CXX="broken-g++"
+    )
+    shutil.rmtree(tools / "mktemp", ignore_errors=True)
+    (tools / "mktemp").unlink()
+    (tools / "mktemp").write_text("#!/bin/sh\nexit 1\n")  # as without permission, also for root
+    (tools / "mktemp").chmod(0o755)
+    assert "cannot write into" in fails(PATH=f"{tools}:{os.environ['PATH']}")
+
+
+def test_compile_sh_stops_at_the_first_error(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    copy = clone(tmp_path)
+    keep_only_the_frame(copy)
+    (copy / "kernels" / "csrc" / "broken.cpp").write_text("this is no C++\n")
+    result = compile_sh(copy, CXX="g++")
+    assert result.returncode != 0
+    assert "g++ stopped in kernels/csrc/broken.cpp" in result.stderr
+    assert not (copy / "kernels" / "libsat_cpu.so").exists()

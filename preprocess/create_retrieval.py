@@ -9,6 +9,7 @@ escapes; they are taken as they stand. Source: docs/data.md, "lra-retrieval".
 """
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ def read_rows(
             yield fields[3], fields[4], label
 
 
+@functools.lru_cache(maxsize=64)  # the files have two or three different ones
 def parse_label(field: bytes) -> int | None:
     """The label as the reference reads it: a float32 cut to an integer; None if not 0 or 1."""
     if not NUMBER.fullmatch(field):

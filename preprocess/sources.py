@@ -120,7 +120,7 @@ def split_files(
     if source.is_dir():
         base = find_folder(source, folder, list(names.values()))
         for split, name in names.items():
-            with open(base / name, "rb") as file:
+            with open(base / name, "rb", buffering=1 << 20) as file:
                 yield split, str(base / name), file
         return
     if not is_archive(source):

@@ -215,6 +215,8 @@ def test_tfds(tfds_imdb, tmp_path, below):
         ("labels", "numbers its label pos, neg; expected neg, pos"),
         ("split", "no split test"),
         ("info", "damaged or incomplete"),
+        ("count", "train holds 200 of 250 examples"),
+        ("format", "is not in TFDS's tfrecord format"),
     ],
 )
 def test_a_broken_tfds_folder(tfds_imdb, tmp_path, capsys, harm, says):
@@ -231,6 +233,12 @@ def test_a_broken_tfds_folder(tfds_imdb, tmp_path, capsys, harm, says):
     elif harm == "split":
         info = version / "dataset_info.json"
         info.write_text(info.read_text().replace('"name": "test"', '"name": "other"'))
+    elif harm == "count":
+        info = version / "dataset_info.json"
+        info.write_text(info.read_text().replace('"200"', '"250"', 1))
+    elif harm == "format":
+        info = version / "dataset_info.json"
+        info.write_text(info.read_text().replace('"tfrecord"', '"array_record"'))
     elif harm == "info":
         (version / "dataset_info.json").write_text("{")
     assert run(script, "--tfds_dir", folder, "--output_dir", tmp_path / "out") == 2

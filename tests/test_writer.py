@@ -167,6 +167,25 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, where):
     assert names(tmp_path) == []
 
 
+def test_a_disk_that_refuses_early_is_not_forgotten(tmp_path, monkeypatch):
+    """The system reports a failed write-back once: to the thread that syncs ahead."""
+    calls = []
+
+    def once(number):
+        calls.append(number)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(writer, "SYNC", 1)
+    monkeypatch.setattr(os, "fsync", once)
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        writer.SplitWriter(tmp_path, "lra-x", "dev", notify=silent) as out,
+    ):
+        add_one(out)
+    assert len(calls) == 1 and names(tmp_path) == []
+
+
 def test_a_limited_file_size(tmp_path):
     """The real thing: a file that the system does not let grow."""
     code = (

@@ -6,6 +6,9 @@ The kernels are torch operators (sat_cuda::attention and its backward, sat_cuda:
 autograd and torch.compile see them as one node. They run on the current stream, never wait for the
 GPU, allocate nothing larger than their outputs (but [B, H, N/16, N/16] for the statistics), use no
 atomics, and give the same bits every time.
+
+Where there is a GPU but no library, FlexAttention does what it can of block_sparse_attention
+(flex.py), and says so once.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
+from kernels import flex, reference
 from kernels.layout import BlockLayout
 from kernels.statistics import AttentionStatistics
+
+log = logging.getLogger("sat.kernels")
 
 name = "cuda"
 
@@ -35,7 +41,7 @@ GRANULE = 16  # rows of a warp: block_size is a multiple of it
 
 @torch.compiler.assume_constant_result
 def reason_unavailable() -> str | None:
-    return _load()[1]
+    return _no_device() or (None if flex.is_available() else _load()[1])
 
 
 def supports(op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
@@ -43,6 +49,11 @@ def supports(op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
         return f"the tensors are on {query.device}"
     if query.dtype not in TYPES:
         return f"dtype {query.dtype}, it computes float32, bfloat16 and float16"
+    if reason := _reason_unbuilt():
+        if op != "block_sparse_attention" or layout is None:
+            return reason
+        against = flex.reason_against(query, layout)
+        return f"{reason}; {against}" if against else None
     N, d = query.shape[2:]
     if d > HEAD_DIMS[-1]:
         return f"head_dim {d}, it goes up to {HEAD_DIMS[-1]}"
@@ -62,6 +73,11 @@ def block_sparse_attention(
     scale: float,
     pruned: str,
 ) -> Tensor:
+    if reason := _reason_unbuilt():
+        _say_once(f"block_sparse_attention uses FlexAttention: {reason}")
+        return flex.block_sparse_attention(
+            query, key, value, layout, key_padding_mask, scale, pruned
+        )
     lists = [layout.row_offsets, layout.row_columns, layout.column_offsets, layout.column_rows]
     zero = pruned == "zero"
     return _attention(query, key, value, key_padding_mask, lists, layout.block_size, scale, zero)
@@ -104,6 +120,16 @@ def attention_statistics(
         pooled_mean=pooled.mean((0, 1)).float(),
         pooled_square_mean=pooled.square().mean(),
     )
+
+
+@torch.compiler.assume_constant_result
+def _reason_unbuilt() -> str | None:
+    return _load()[1]
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.info(message)
 
 
 def _dense_block(length: int) -> int:
@@ -332,11 +358,13 @@ def source_hash() -> str | None:
     return digest.hexdigest()
 
 
+def _no_device() -> str | None:
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or the reason in one sentence why there is none."""
-    if not torch.cuda.is_available():
-        return None, "torch finds no CUDA device"
     if not LIBRARY.exists():
         return None, f"{LIBRARY.name} is not built: run `sh compile.sh` where nvcc is installed"
     try:

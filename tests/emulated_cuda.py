@@ -82,6 +82,7 @@ def active(arch: int = 800, mode: int = 0) -> Iterator[ctypes.CDLL]:
     loaded.emulation_arch(arch)
     loaded.emulation_mode(mode)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_no_device", lambda: None)
         patch.setattr(cuda, "_load", lambda: (loaded, None))
         patch.setattr(cuda, "_reason_too_large", lambda *shape: None)
         patch.setattr(cuda, "DEVICE", "cpu")

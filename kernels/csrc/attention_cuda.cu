@@ -10,6 +10,9 @@ SAT_EXPORT const char* sat_source_hash() { return SAT_SOURCE_HASH; }
 // build_cuda.sh looks for this text in a finished library to see whether it is up to date.
 SAT_EXPORT const char* sat_build_id() { return "SAT_BUILD=" SAT_BUILD_ID; }
 
+// What ctypes' struct must have.
+SAT_EXPORT int sat_cuda_struct_bytes() { return sizeof(SatAttention); }
+
 SAT_EXPORT const char* sat_cuda_error(int status) {
     if (status == sat::kTooLarge) return "the GPU has too little shared memory for this shape and dtype";
     return cudaGetErrorString(static_cast<cudaError_t>(status));

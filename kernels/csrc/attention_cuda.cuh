@@ -200,9 +200,14 @@ __device__ __forceinline__ void add_weighted(float (&sums)[D / 16][2][4], const 
     }
 }
 
+// Thread blocks that a multiprocessor shall hold at least, which bounds the registers of a thread: 384 threads leave
+// 65,536 / 384 = 168 (in eights) to each. Wide rows and fp32 would have to spill; blocks of 16 rows are no fast path.
+template <class E, int D, int M>
+inline constexpr int kMinBlocks = kBytes<E> == 4 || D == 128 || M == 16 ? 1 : (D == 64 ? 384 : 448) / (M * 2);
+
 // out and lse; without kOutput instead a row's largest score (in lse) and 1 / sum of 2^(s - largest) (in delta).
 template <class E, int D, int M, int K, bool kOutput>
-__global__ void __launch_bounds__(M * 2) forward_kernel(const __grid_constant__ SatAttention p) {
+__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) forward_kernel(const __grid_constant__ SatAttention p) {
     using T = Tile<E, D>;
     using S = Shared<E, D, M, K, 1>;
     constexpr int kThreads = M * 2;
@@ -249,7 +254,7 @@ __global__ void __launch_bounds__(M * 2) forward_kernel(const __grid_constant__ 
         if (tile == 0) rows.load();
 
         float scores[K / 16][2][4];
-        products<E, D, K / 16>(scores, rows, S::stage(tile, 0), 0);
+        products(scores, rows, S::stage(tile, 0), 0);
         float top[2] = {-kInfinity, -kInfinity};
 #pragma unroll
         for (int j = 0; j < K / 8; ++j)
@@ -281,7 +286,7 @@ __global__ void __launch_bounds__(M * 2) forward_kernel(const __grid_constant__ 
                 if (p.key_padding_mask && !keys.real(column_of(j, i))) s = 0;
                 denominator[i / 2] += s;
             }
-        if constexpr (kOutput) add_weighted<E, D, K / 16>(out, scores, S::stage(tile, 1), 0);
+        if constexpr (kOutput) add_weighted<E, D>(out, scores, S::stage(tile, 1), 0);
     }
 
     float inverse[2];
@@ -336,7 +341,7 @@ inline constexpr int kPieces = D <= 64 && K >= 32 ? 2 : 1;
 
 // dq and delta.
 template <class E, int D, int M, int K>
-__global__ void __launch_bounds__(M * 2) backward_rows_kernel(const __grid_constant__ SatAttention p) {
+__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_rows_kernel(const __grid_constant__ SatAttention p) {
     using T = Tile<E, D>;
     using S = Shared<E, D, M, K, 2>;
     constexpr int kThreads = M * 2, n = kPieces<E, D, K>;
@@ -387,8 +392,8 @@ __global__ void __launch_bounds__(M * 2) backward_rows_kernel(const __grid_const
 #pragma unroll
         for (int first = 0; first < K; first += 16 * n) {
             float probs[n][2][4], dprobs[n][2][4];
-            products<E, D, n>(probs, queries, S::stage(tile, 0), first);
-            products<E, D, n>(dprobs, douts, S::stage(tile, 1), first);
+            products(probs, queries, S::stage(tile, 0), first);
+            products(dprobs, douts, S::stage(tile, 1), first);
 #pragma unroll
             for (int j = 0; j < 2 * n; ++j)
 #pragma unroll
@@ -398,7 +403,7 @@ __global__ void __launch_bounds__(M * 2) backward_rows_kernel(const __grid_const
                     if (p.key_padding_mask && !keys.real(first + column_of(j, i))) s = 0;
                     s *= dprobs[j / 2][j % 2][i] - delta[i / 2];
                 }
-            add_weighted<E, D, n>(dq, probs, S::stage(tile, 0), first);
+            add_weighted<E, D>(dq, probs, S::stage(tile, 0), first);
         }
     }
     const float factor = static_cast<float>(p.scale);
@@ -408,7 +413,7 @@ __global__ void __launch_bounds__(M * 2) backward_rows_kernel(const __grid_const
 
 // dk and dv; M keys of a block column meet the queries of its kept blocks. Runs after backward_rows_kernel (delta).
 template <class E, int D, int M, int K>
-__global__ void __launch_bounds__(M * 2) backward_columns_kernel(const __grid_constant__ SatAttention p) {
+__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_columns_kernel(const __grid_constant__ SatAttention p) {
     using T = Tile<E, D>;
     using S = Shared<E, D, M, K, 2>;
     constexpr int kThreads = M * 2, n = kPieces<E, D, K>;
@@ -459,8 +464,8 @@ __global__ void __launch_bounds__(M * 2) backward_columns_kernel(const __grid_co
 #pragma unroll
         for (int first = 0; first < K; first += 16 * n) {
             float probs[n][2][4], dprobs[n][2][4];    // transposed: rows are keys, columns queries
-            products<E, D, n>(probs, keys, S::stage(tile, 0), first);
-            products<E, D, n>(dprobs, values, S::stage(tile, 1), first);
+            products(probs, keys, S::stage(tile, 0), first);
+            products(dprobs, values, S::stage(tile, 1), first);
 #pragma unroll
             for (int j = 0; j < 2 * n; ++j) {
                 const float2 of_lse = *reinterpret_cast<const float2*>(lse + first + column_of(j, 0));
@@ -474,8 +479,8 @@ __global__ void __launch_bounds__(M * 2) backward_columns_kernel(const __grid_co
                     ds = s * (ds - (i % 2 ? of_delta.y : of_delta.x));
                 }
             }
-            add_weighted<E, D, n>(dv, probs, S::stage(tile, 1), first);
-            add_weighted<E, D, n>(dk, dprobs, S::stage(tile, 0), first);
+            add_weighted<E, D>(dv, probs, S::stage(tile, 1), first);
+            add_weighted<E, D>(dk, dprobs, S::stage(tile, 0), first);
         }
     }
     const float factor = static_cast<float>(p.scale);
@@ -557,7 +562,7 @@ __global__ void __launch_bounds__(M * 2) statistics_kernel(const __grid_constant
 #pragma unroll
         for (int first = 0; first < M; first += 32) {
             float probs[2][2][4];
-            products<E, D, 2>(probs, rows, S::stage(index, 1), first);
+            products(probs, rows, S::stage(index, 1), first);
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 float of_row[2] = {};
@@ -614,8 +619,11 @@ int run_rows(const Run& run, const SatAttention& p) {
             return go(forward_kernel<E, D, M, K, false>, Shared<E, D, M, K, 1>::kTotal);
         case kBackwardRows:
             return go(backward_rows_kernel<E, D, M, K>, Shared<E, D, M, K, 2>::kTotal);
-        default:
-            return go(backward_columns_kernel<E, D, M, K>, Shared<E, D, M, K, 2>::kTotal);
+        default: {
+            // Two sums of D columns leave no registers for the addresses of larger tiles.
+            constexpr int k = K < 32 ? K : 32;
+            return go(backward_columns_kernel<E, D, M, k>, Shared<E, D, M, k, 2>::kTotal);
+        }
     }
 }
 

@@ -255,12 +255,12 @@ struct Fragment<Float> {
 template <class E>
 __device__ inline void mma_by_shuffles(float (&c)[2][4], const Fragment<E>& a, const Fragment<E>& b) {
     const int lane = threadIdx.x % 32, row = lane & ~3, column = lane % 4 * 8;
-    if constexpr (kSame<E, Float>) {
+#pragma unroll 1    // it is inlined for each product of each kernel: unrolled, ptxas takes minutes
+    for (int from = 0; from < 4; ++from) {
+        if constexpr (kSame<E, Float>) {
 #pragma unroll
-        for (int s = 0; s < 2; ++s)
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                const int second = k / 4, from = k % 4;
+            for (int i = 0; i < 4; ++i) {
+                const int s = i / 2, second = i % 2;
                 const float low = __shfl_sync(kAllLanes, a.r[s * 4 + second * 2], row + from);
                 const float high = __shfl_sync(kAllLanes, a.r[s * 4 + second * 2 + 1], row + from);
 #pragma unroll
@@ -274,24 +274,24 @@ __device__ inline void mma_by_shuffles(float (&c)[2][4], const Fragment<E>& a, c
                     c[h][3] = fmaf(high, right, c[h][3]);
                 }
             }
-    } else {
+        } else {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            const int second = k / 4, from = k % 4;
-            const uint32_t low = __shfl_sync(kAllLanes, a.r[second * 2], row + from);
-            const uint32_t high = __shfl_sync(kAllLanes, a.r[second * 2 + 1], row + from);
+            for (int second = 0; second < 2; ++second) {
+                const uint32_t low = __shfl_sync(kAllLanes, a.r[second * 2], row + from);
+                const uint32_t high = __shfl_sync(kAllLanes, a.r[second * 2 + 1], row + from);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const uint32_t left = __shfl_sync(kAllLanes, b.r[h * 2 + second], column + from);
-                const uint32_t right = __shfl_sync(kAllLanes, b.r[h * 2 + second], column + 4 + from);
-                c[h][0] = fmaf(low_float<E>(low), low_float<E>(left), c[h][0]);
-                c[h][1] = fmaf(low_float<E>(low), low_float<E>(right), c[h][1]);
-                c[h][2] = fmaf(low_float<E>(high), low_float<E>(left), c[h][2]);
-                c[h][3] = fmaf(low_float<E>(high), low_float<E>(right), c[h][3]);
-                c[h][0] = fmaf(high_float<E>(low), high_float<E>(left), c[h][0]);
-                c[h][1] = fmaf(high_float<E>(low), high_float<E>(right), c[h][1]);
-                c[h][2] = fmaf(high_float<E>(high), high_float<E>(left), c[h][2]);
-                c[h][3] = fmaf(high_float<E>(high), high_float<E>(right), c[h][3]);
+                for (int h = 0; h < 2; ++h) {
+                    const uint32_t left = __shfl_sync(kAllLanes, b.r[h * 2 + second], column + from);
+                    const uint32_t right = __shfl_sync(kAllLanes, b.r[h * 2 + second], column + 4 + from);
+                    c[h][0] = fmaf(low_float<E>(low), low_float<E>(left), c[h][0]);
+                    c[h][1] = fmaf(low_float<E>(low), low_float<E>(right), c[h][1]);
+                    c[h][2] = fmaf(low_float<E>(high), low_float<E>(left), c[h][2]);
+                    c[h][3] = fmaf(low_float<E>(high), low_float<E>(right), c[h][3]);
+                    c[h][0] = fmaf(high_float<E>(low), high_float<E>(left), c[h][0]);
+                    c[h][1] = fmaf(high_float<E>(low), high_float<E>(right), c[h][1]);
+                    c[h][2] = fmaf(high_float<E>(high), high_float<E>(left), c[h][2]);
+                    c[h][3] = fmaf(high_float<E>(high), high_float<E>(right), c[h][3]);
+                }
             }
         }
     }

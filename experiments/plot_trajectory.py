@@ -110,7 +110,8 @@ def draw(path: Path, task: str, runs: dict[str, tuple], published: dict[int, lis
     for i, (name, (_, accuracies, transition)) in enumerate(runs.items()):
         points = sorted(accuracies.items())
         color = f"C{i}"
-        axis.plot(*zip(*points, strict=True), "o-", color=color, ms=4, label=name)
+        short = "/".join(Path(name).parts[-3:])
+        axis.plot(*zip(*points, strict=True), "o-", color=color, ms=4, label=short)
         if transition is not None:
             label = f"transition to sparse attention, step {transition}"
             axis.axvline(transition, color=color, ls=":", lw=1, label=label)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,3 +226,62 @@ def test_resuming_on_another_number_of_devices(undisturbed, tmp_path, capsys):
     assert "processes was 2 when the run started and is 1 now" in capsys.readouterr().out
     for ours, expected in zip(train_records(tmp_path), train_records(undisturbed), strict=True):
         assert ours["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces joined by a virtual link: prefixes that run a command in one of
+    them."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("making network namespaces needs root and iproute2")
+    names = [f"sat{os.getpid()}{side}" for side in "ab"]
+    inside = [["ip", "netns", "exec", name] for name in names]
+    try:
+        for name in names:
+            if subprocess.run(["ip", "netns", "add", name]).returncode:
+                pytest.skip("this machine does not allow network namespaces")
+        link = ["ip", "link", "add", "veth0", "netns", names[0], "type", "veth"]
+        subprocess.run([*link, "peer", "name", "veth0", "netns", names[1]], check=True)
+        for number, prefix in enumerate(inside, start=1):
+            address = ["ip", "addr", "add", f"10.77.0.{number}/24", "dev", "veth0"]
+            subprocess.run([*prefix, *address], check=True)
+            for device in ("lo", "veth0"):
+                subprocess.run([*prefix, "ip", "link", "set", device, "up"], check=True)
+        yield inside
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_two_hosts_equal_one(undisturbed, tmp_path, two_hosts):
+    """The command of docs/scaling.md, on two machines as far as the network can tell."""
+    arguments = run_arguments(tmp_path)
+    hosts = []
+    for number, prefix in enumerate(two_hosts, start=1):
+        command = [
+            *prefix,
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"),
+            *("--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29400", "--rdzv_id=test"),
+            # both namespaces have this machine's host name: torchrun cannot tell which one is meant
+            f"--rdzv_conf=is_host={int(number == 1)}",
+            *(f"--local_addr=10.77.0.{number}", "main_learnable_skewness.py", *arguments),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "veth0"}
+        with open(tmp_path / f"host{number}.txt", "w") as output:
+            hosts.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment
+                )
+            )
+    outputs = []
+    try:
+        for number, host in enumerate(hosts, start=1):
+            code = host.wait(240)
+            outputs.append((tmp_path / f"host{number}.txt").read_text())
+            assert code == 0, outputs[-1][-3000:]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert sum(output.count("Evaluation Results") for output in outputs) == 1
+    assert equal_bits(weights(tmp_path), weights(undisturbed))

@@ -16,7 +16,7 @@ ALLOWED = {
     "preprocess": {"preprocess", "training.safe_pickle"},
     # they run the commands, and measure whatever they need
     "experiments": {"experiments"},
-    "benchmarks": {"benchmarks", "models", "kernels", "training", "config"},
+    "benchmarks": {"benchmarks", "models", "kernels", "training", "preprocess", "config"},
 }
 # modules of training and kernels that are programs too, or whose one switch comes from outside
 READS_OUTSIDE = {

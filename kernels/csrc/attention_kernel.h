@@ -263,26 +263,23 @@ struct Kernel {
     static __attribute__((noinline)) void exp_scores(int d_, const Rows& k, const float* qt, const float* reference,
                                                      const uint8_t* real, float* p, float* total) {
         const int dim = D ? D : d_;
-        vec sums[NV];
-        for (int v = 0; v < NV; ++v) sums[v] = vec{};
+        // The exponentials of one group of rows overlap with the products of the next.
         panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
 #pragma GCC unroll 16
-            for (int r = 0; r < NR; ++r)
+            for (int v = 0; v < NV; ++v) {
+                const vec shift = load(reference + v * W);
+                vec sum{};
 #pragma GCC unroll 16
-                for (int v = 0; v < NV; ++v) store(p + (row + r) * TI + v * W, acc[r][v]);
-        });
-        for (int j = 0; j < TJ; ++j)
-            if (real && !real[j])
-                for (int v = 0; v < NV; ++v) store(p + j * TI + v * W, vec{});
-            else
-#pragma GCC unroll 16
-                for (int v = 0; v < NV; ++v) {
-                    vec x = exp2(load(p + j * TI + v * W) - load(reference + v * W));
-                    sums[v] += x;
-                    store(p + j * TI + v * W, x);
+                for (int r = 0; r < NR; ++r) {
+                    vec x = exp2(acc[r][v] - shift);
+                    if (real && !real[row + r]) x = vec{};
+                    sum += x;
+                    store(p + (row + r) * TI + v * W, x);
                 }
-        for (int v = 0; v < NV; ++v) store(total + v * W, load(total + v * W) + sums[v]);
+                store(total + v * W, load(total + v * W) + sum);
+            }
+        });
     }
 
     // top[i] = max over real keys of k_j . qt_i and top[i].

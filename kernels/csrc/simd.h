@@ -13,6 +13,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #define SAT_INLINE inline __attribute__((always_inline))
 
 namespace SAT_ISA_NAMESPACE {
@@ -56,9 +60,20 @@ SAT_INLINE float to_float(bf16 x) {
     return y;
 }
 
-// max(c, x) and min(c, x) return x if x is NaN, so that NaN travels on.
+// max(c, x) and min(c, x) return x if x is NaN, so that NaN travels on. (GCC makes a comparison and a blend of `?:`.)
+#if defined(__AVX512F__) && SAT_WIDTH == 16
+SAT_INLINE vec max(vec c, vec x) { return _mm512_max_ps(c, x); }
+SAT_INLINE vec min(vec c, vec x) { return _mm512_min_ps(c, x); }
+#elif defined(__AVX__) && SAT_WIDTH == 8
+SAT_INLINE vec max(vec c, vec x) { return _mm256_max_ps(c, x); }
+SAT_INLINE vec min(vec c, vec x) { return _mm256_min_ps(c, x); }
+#elif defined(__SSE2__) && SAT_WIDTH == 4
+SAT_INLINE vec max(vec c, vec x) { return _mm_max_ps(c, x); }
+SAT_INLINE vec min(vec c, vec x) { return _mm_min_ps(c, x); }
+#else
 SAT_INLINE vec max(vec c, vec x) { return c > x ? c : x; }
 SAT_INLINE vec min(vec c, vec x) { return c < x ? c : x; }
+#endif
 
 // 2^x with a relative error below 1e-7. Below -126 it gives 2^-126, above 127 2^127; NaN stays NaN.
 SAT_INLINE vec exp2(vec x) {

@@ -116,7 +116,11 @@ def contender(name: str, problem: Problem):
             keep, None, None, problem.N, problem.N, device=device.type, BLOCK_SIZE=bs
         )
         compiled = torch.compile(flex_attention)
-        return lambda q, k, v: compiled(q, k, v, block_mask=mask), dtype, False, "masked"
+
+        def flex(*qkv):  # refuses inputs with gradients on a CPU
+            return compiled(*(x.detach() for x in qkv), block_mask=mask)
+
+        return flex, dtype, False, "masked"
     groups = math.gcd(4, problem.B)
     full = kind == "statistics"
     out = torch.zeros(groups, problem.N, problem.N, device=device) if full else None

@@ -142,6 +142,12 @@ Rows rows_of(const SatTensor& t, int64_t type, const char* head, long first, int
     return {scratch, d};
 }
 
+void prefetch_rows(const SatTensor& t, int64_t type, const char* head, long first, int count, int d) {
+    const int size = type == SAT_FLOAT32 ? 4 : 2;
+    for (int i = 0; i < count; ++i)
+        for (int byte = 0; byte < d * size; byte += 64) __builtin_prefetch(head + (first + i) * t.row * size + byte);
+}
+
 // Writes rows scratch[i][c] * factor[i] to rows [first, first + count) of a head.
 void write_rows(const SatTensor& t, int64_t type, const char* head, long first, int count, int d, const float* scratch,
                 const float* factor) {
@@ -314,12 +320,25 @@ struct Kernel {
               reference(scratch.take(MAX_BLOCK)), total(scratch.take(MAX_BLOCK)) {}
     };
 
-    // Calls use(keys, real) for each tile of keys that row r of blocks attends and that has a real key.
+    // Calls use(first, real) for each tile of keys in `columns` that has a real key. The rows of K and V that come next are
+    // fetched meanwhile: a tile is seldom used twice, and no hardware prefetcher knows the layout. `row` is the row of
+    // blocks that `columns` belong to; the next tile of its last one is the first of row + 1.
     template <class Use>
-    SAT_INLINE void each_tile(const Blocks& columns, const uint8_t* real, Use use) const {
+    SAT_INLINE void each_tile(const Blocks& columns, const uint8_t* real, long b, long h, long row, Use use) const {
+        const char* k_head = head_of(call.key, call.type, b, h);
+        const char* v_head = head_of(call.value, call.type, b, h);
         for (int n = 0; n < columns.count; ++n)
             for (int t = 0; t < bs; t += TJ) {
                 const long first = static_cast<long>(columns[n]) * bs + t;
+                long next = first + TJ;
+                if (t + TJ == bs) {
+                    const Blocks below = row + 1 < nb ? blocks_of(call.row_offsets, call.row_columns, row + 1, nb) : columns;
+                    next = n + 1 < columns.count ? columns[n + 1] * static_cast<long>(bs)
+                           : below.count         ? below[0] * static_cast<long>(bs)
+                                                 : first;
+                }
+                prefetch_rows(call.key, call.type, k_head, next, TJ, d);
+                prefetch_rows(call.value, call.type, v_head, next, TJ, d);
                 const KeysState state = state_of(real ? real + first : nullptr, TJ);
                 if (state != NO_KEY) use(first, state == ALL_KEYS ? nullptr : real + first);
             }
@@ -334,11 +353,12 @@ struct Kernel {
         const long num_pruned = call.pruned_zero ? (nb - columns.count) * bs : 0;
 
         pack<TI>(rows_of(call.query, call.type, q_head, r * bs, bs, d, s.rows), bs, d, call.scale * LOG2E, s.qt);
+        if (r + 1 < nb) prefetch_rows(call.query, call.type, q_head, (r + 1) * bs, bs, d);
         bool any_key = false;
         auto sweep = [&] {
             memset(s.o, 0, sizeof(float) * bs * d);
             memset(s.total, 0, sizeof(float) * bs);
-            each_tile(columns, real, [&](long first, const uint8_t* mask) {
+            each_tile(columns, real, b, h, r, [&](long first, const uint8_t* mask) {
                 any_key = true;
                 const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
                 const Rows v = rows_of(call.value, call.type, v_head, first, TJ, d, s.values);
@@ -355,7 +375,7 @@ struct Kernel {
             for (int i = 0; i < bs; ++i) s.total[i] = 0, lse[i] = HUGE_LSE;
         } else {
             if (!add_pruned(s, num_pruned)) {
-                find_maxima(columns, real, k_head, num_pruned, s);
+                find_maxima(columns, real, b, h, r, num_pruned, s);
                 sweep();
                 add_pruned(s, num_pruned);
             }
@@ -380,10 +400,11 @@ struct Kernel {
         return safe;
     }
 
-    __attribute__((noinline)) void find_maxima(const Blocks& columns, const uint8_t* real, const char* k_head,
+    __attribute__((noinline)) void find_maxima(const Blocks& columns, const uint8_t* real, long b, long h, long r,
                                                long num_pruned, const Forward& s) const {
+        const char* k_head = head_of(call.key, call.type, b, h);
         for (int i = 0; i < bs; ++i) s.reference[i] = num_pruned ? 0.0f : -__builtin_inff();
-        each_tile(columns, real, [&](long first, const uint8_t* mask) {
+        each_tile(columns, real, b, h, r, [&](long first, const uint8_t* mask) {
             const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
             for (int i = 0; i < bs; i += TI) max_scores(d, k, s.qt + i * d, mask, s.reference + i);
         });
@@ -422,6 +443,10 @@ struct Kernel {
         const Rows out = rows_of(call.out, call.type, head_of(call.out, call.type, b, h), r * bs, bs, d, s.orows);
         pack<TI>(q, bs, d, call.scale * LOG2E, s.qt);
         pack<TI>(dout, bs, d, call.scale, s.dot);
+        const SatTensor* const inputs[] = {&call.query, &call.dout, &call.out};
+        if (r + 1 < nb)
+            for (const SatTensor* t : inputs)
+                prefetch_rows(*t, call.type, head_of(*t, call.type, b, h), (r + 1) * bs, bs, d);
         const float* lse = call.lse + (b * call.H + h) * call.N + r * bs;
         for (int i = 0; i < bs; ++i) {
             vec delta{};
@@ -488,7 +513,7 @@ struct Kernel {
         memset(s.dq, 0, sizeof(float) * bs * d);
         if (columns.count) {
             const RowInputs row = load_row(b, h, r, s);
-            each_tile(columns, real_of(b), [&](long first, const uint8_t* mask) {
+            each_tile(columns, real_of(b), b, h, r, [&](long first, const uint8_t* mask) {
                 const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
                 const Rows v = rows_of(call.value, call.type, v_head, first, TJ, d, s.values);
                 backward_tile<true, DKV>(row, k, v, mask, dk + first * stride, dv + first * stride, stride, s);
@@ -536,7 +561,7 @@ struct Kernel {
         const int32_t column = static_cast<int32_t>(c);
         for (int n = 0; n < rows.count; ++n) {
             const RowInputs row = load_row(b, h, rows[n], s);
-            each_tile({&column, 1}, real_of(b), [&](long first, const uint8_t* mask) {
+            each_tile({&column, 1}, real_of(b), b, h, nb, [&](long first, const uint8_t* mask) {
                 const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
                 const Rows v = rows_of(call.value, call.type, v_head, first, TJ, d, s.values);
                 const long offset = (first - c * bs) * stride;

@@ -110,23 +110,38 @@ SAT_INLINE vec log2(vec x) {
     return p * s + __builtin_convertvector(e, vec);
 }
 
+template <int... LANE>
+struct Lanes {};
+#if SAT_WIDTH == 4
+typedef Lanes<0, 1, 2, 3> AllLanes;
+#elif SAT_WIDTH == 8
+typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
+#else
+typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
+#endif
+
+// One step of a transposition: swaps the off-diagonal S x S blocks of each 2S x 2S block.
+template <int S, int... LANE>
+SAT_INLINE void swap_blocks(vec (&x)[W], Lanes<LANE...>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r)
+        if (!(r & S)) {
+            vec a = x[r], b = x[r + S];
+            x[r] = __builtin_shufflevector(a, b, (LANE & S ? W + LANE - S : LANE)...);
+            x[r + S] = __builtin_shufflevector(a, b, (LANE & S ? W + LANE : LANE + S)...);
+        }
+}
+
 // Transposes the W x W matrix whose rows are x[0 .. W).
 SAT_INLINE void transpose(vec (&x)[W]) {
-#pragma GCC unroll 8
-    for (int s = W / 2; s > 0; s /= 2) {
-        ivec low, high;    // swap the off-diagonal s x s blocks
-        for (int lane = 0; lane < W; ++lane) {
-            low[lane] = lane & s ? W + lane - s : lane;
-            high[lane] = lane & s ? W + lane : lane + s;
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r)
-            if (!(r & s)) {
-                vec a = x[r], b = x[r + s];
-                x[r] = __builtin_shuffle(a, b, low);
-                x[r + s] = __builtin_shuffle(a, b, high);
-            }
-    }
+#if SAT_WIDTH >= 16
+    swap_blocks<8>(x, AllLanes());
+#endif
+#if SAT_WIDTH >= 8
+    swap_blocks<4>(x, AllLanes());
+#endif
+    swap_blocks<2>(x, AllLanes());
+    swap_blocks<1>(x, AllLanes());
 }
 
 SAT_INLINE float sum(vec x) {

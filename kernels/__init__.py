@@ -4,6 +4,7 @@ from kernels.attention import available_backends, block_sparse_attention, dense_
 from kernels.fused import (
     DropoutKey,
     attention_output_feed_forward,
+    attention_projections,
     dropout_add_layer_norm,
     embedding_dropout_layer_norm,
     gelu_dropout,
@@ -17,6 +18,7 @@ __all__ = [
     "BlockLayout",
     "DropoutKey",
     "attention_output_feed_forward",
+    "attention_projections",
     "attention_statistics",
     "available_backends",
     "block_sparse_attention",

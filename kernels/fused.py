@@ -18,12 +18,14 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import native
+from kernels.layout import BlockLayout
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -203,11 +205,24 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((size, ctypes.c_int64) for size in ("rows", "length", "features", "attended", "hidden")),
         *((f"{name}_{part}", ctypes.c_void_p) for name in _PARAMETERS for part in "wb"),
+        ("active", ctypes.c_void_p),
+        ("block_size", ctypes.c_int64),
         ("eps", ctypes.c_float),
         ("threshold", ctypes.c_uint32),
         ("scale", ctypes.c_float),
         ("site_key", ctypes.c_uint64 * 3),
         ("first_example", ctypes.c_int64),
+        ("threads", ctypes.c_int),
+    ]
+
+
+class _Projections(ctypes.Structure):
+    _fields_ = [
+        *((size, ctypes.c_int64) for size in ("rows", "length", "features", "attended")),
+        ("weight", ctypes.c_void_p * 3),
+        ("bias", ctypes.c_void_p * 3),
+        ("active", ctypes.c_void_p),
+        ("block_size", ctypes.c_int64),
         ("threads", ctypes.c_int),
     ]
 
@@ -224,23 +239,13 @@ def _library() -> ctypes.CDLL:
     library.sat_gelu.argtypes = [pointer] * 4
     library.sat_layer_forward.argtypes = [pointer] * 8
     library.sat_layer_backward.argtypes = [pointer] * 12
+    library.sat_project.argtypes = [pointer] * 5
+    library.sat_project_backward.argtypes = [pointer] * 8
     return library
 
 
-def _reason_not_cpu(x: Tensor) -> str | None:
-    """Why the compiled operations cannot work on x, or None."""
-    if x.device.type != "cpu":
-        return f"the tensors are on {x.device}"
-    return native.reason_unavailable()
-
-
-def _reason_not_cpu_norm(x: Tensor, types: tuple[torch.dtype, ...]) -> str | None:
-    if types not in _TYPES:
-        return f"it is not compiled for {types}"
-    width = x.shape[-1]
-    if width % _MASK_BLOCK or not 0 < width <= _MAX_FEATURES:
-        return f"{width} features are not a multiple of {_MASK_BLOCK} up to {_MAX_FEATURES}"
-    return _reason_not_cpu(x)
+def _compiled_widths(*widths: int) -> bool:
+    return all(width % _MASK_BLOCK == 0 and 0 < width <= _MAX_FEATURES for width in widths)
 
 
 def _drop(p: float, key: DropoutKey | None, site: int) -> tuple[int, float, int, int]:
@@ -395,17 +400,18 @@ class _LayerRest(torch.autograd.Function):
     """attention_output_feed_forward; keeps y, the hidden values before GELU, 4 numbers a token."""
 
     @staticmethod
-    def forward(ctx, x, attended, p, key, sites, eps, *parameters):
+    def forward(ctx, x, attended, layout, p, key, sites, eps, *parameters):
         x, attended = x.contiguous(), attended.contiguous()
         parameters = tuple(parameter.contiguous() for parameter in parameters)
-        call = _layer_call(x, attended, p, key, sites, eps, parameters)
+        rest = layout, p, key, sites, eps
+        call, _keep_alive = _layer_call(x, attended, parameters, *rest)
         y, z, normed = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
         hidden = x.new_empty(*x.shape[:2], call.hidden)
         stats = x.new_empty(*x.shape[:2], 4)
         tensors = x, attended, y, hidden, z, normed, stats
         _call("sat_layer_forward", ctypes.byref(call), *map(_pointer, tensors))
         ctx.save_for_backward(attended, y, hidden, z, stats, *parameters)
-        ctx.rest = p, key, sites, eps
+        ctx.rest = rest
         ctx.set_materialize_grads(False)
         return z, normed
 
@@ -414,53 +420,117 @@ class _LayerRest(torch.autograd.Function):
         _refuse_twice()
         attended, y, hidden, z, stats, *parameters = ctx.saved_tensors
         dz, dnormed = _grads(y, dz, dnormed, y.dtype)
-        p, key, sites, eps = ctx.rest
-        call = _layer_call(y, attended, p, key, sites, eps, parameters)
+        call, _keep_alive = _layer_call(y, attended, parameters, *ctx.rest)
         dx, dattended = torch.empty_like(y), torch.empty_like(attended)
-        sizes = [parameter.numel() for parameter in parameters]
-        pieces = y.new_empty(-(-call.rows // _LAYER_PIECE), sum(sizes))
-        flat = y.new_empty(sum(sizes))
+        pieces, flat, gradients = _parameter_gradients(call.rows, parameters)
         tensors = attended, y, hidden, z, stats, dz, dnormed, dx, dattended, pieces, flat
         _call("sat_layer_backward", ctypes.byref(call), *map(_pointer, tensors))
-        gradients = [
-            part.view_as(parameter)
-            for part, parameter in zip(flat.split(sizes), parameters, strict=True)
-        ]
-        return dx, dattended, None, None, None, None, *gradients
+        return dx, dattended, None, None, None, None, None, *gradients
 
 
-def _layer_call(x, attended, p, key, sites, eps, parameters) -> _Layer:
+def _layer_call(
+    x, attended, parameters, layout, p, key, sites, eps
+) -> tuple[_Layer, Tensor | None]:
     drops = [_drop(p, key, site) for site in sites]
     threshold, scale, _, first_example = drops[0]
     site_keys = (ctypes.c_uint64 * 3)(*(drop[2] for drop in drops))
     batch, length, width = x.shape
-    return _Layer(
+    active, block_size = _active_blocks(layout)
+    call = _Layer(
         batch * length, length, width, attended.shape[2], len(parameters[4]),
-        *map(_pointer, parameters), eps, threshold, scale, site_keys, first_example,
+        *map(_pointer, parameters), _pointer(active), block_size, eps, threshold, scale,
+        site_keys, first_example, torch.get_num_threads(),
+    )  # fmt: skip
+    return call, active
+
+
+def _parameter_gradients(rows: int, parameters) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Space for the pieces' sums and for their total; the total as gradients of each parameter."""
+    sizes = [parameter.numel() for parameter in parameters]
+    pieces = torch.empty(-(-rows // _LAYER_PIECE), sum(sizes))
+    flat = torch.empty(sum(sizes))
+    parts = flat.split(sizes)
+    return pieces, flat, [q.view_as(p) for q, p in zip(parts, parameters, strict=True)]
+
+
+_active: WeakKeyDictionary[BlockLayout, Tensor] = WeakKeyDictionary()
+
+
+def _active_blocks(layout: BlockLayout | None) -> tuple[Tensor | None, int]:
+    """uint8 [nb], and the block size: bit 0, the block's queries attend to something; bit 1, its
+    keys are attended to. None without a layout: everything."""
+    if layout is None:
+        return None, 1
+    if layout not in _active:
+        queries, keys = layout.row_offsets.diff() > 0, layout.column_offsets.diff() > 0
+        _active[layout] = queries.to(torch.uint8) + 2 * keys.to(torch.uint8)
+    return _active[layout], layout.block_size
+
+
+class _Project(torch.autograd.Function):
+    """attention_projections; keeps its arguments."""
+
+    @staticmethod
+    def forward(ctx, x, heads, layout, *parameters):
+        x = x.contiguous()
+        parameters = tuple(parameter.contiguous() for parameter in parameters)
+        call, _keep_alive = _projections_call(x, parameters, layout)
+        parts = [x.new_empty(*x.shape[:2], call.attended) for _ in range(3)]
+        _call("sat_project", ctypes.byref(call), x.data_ptr(), *map(_pointer, parts))
+        ctx.save_for_backward(x, *parameters)
+        ctx.layout = layout
+        return tuple(_split_heads(part, heads) for part in parts)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _refuse_twice()
+        x, *parameters = ctx.saved_tensors
+        dparts = [grad.transpose(1, 2).contiguous() for grad in grads]  # [B, N, H, d], no copy
+        call, _keep_alive = _projections_call(x, parameters, ctx.layout)
+        dx = torch.empty_like(x)
+        pieces, flat, gradients = _parameter_gradients(call.rows, parameters)
+        tensors = x, *dparts, dx, pieces, flat
+        _call("sat_project_backward", ctypes.byref(call), *map(_pointer, tensors))
+        return dx, None, None, *gradients
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H * d] -> [B, H, N, d], the same memory."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def _projections_call(x, parameters, layout) -> tuple[_Projections, Tensor | None]:
+    batch, length, width = x.shape
+    active, block_size = _active_blocks(layout)
+    triple = ctypes.c_void_p * 3
+    call = _Projections(
+        batch * length, length, width, len(parameters[0]), triple(*map(_pointer, parameters[::2])),
+        triple(*map(_pointer, parameters[1::2])), _pointer(active), block_size,
         torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _reason_not_cpu_layer(x: Tensor, attended: Tensor, parameters: list[Tensor]) -> str | None:
-    widths = x.shape[2], attended.shape[2], len(parameters[4])
-    if any(width % _MASK_BLOCK or not 0 < width <= _MAX_FEATURES for width in widths):
-        return f"widths {widths} are not multiples of {_MASK_BLOCK} up to {_MAX_FEATURES}"
-    return _reason_not_cpu(x)
+    return call, active
 
 
 # ---- public ------------------------------------------------------------------------
 
 
-def _use_cpu(backend: str, operation: str, reason_not_cpu: str | None) -> bool:
-    """Whether the compiled operation runs; a backend that is named never falls back.
+def _use_cpu(backend: str, x: Tensor, compiled: bool) -> bool:
+    """Whether the compiled operation runs; `compiled`: there is one for these types and widths.
 
-    "cuda" means plain PyTorch on a CUDA device here: these operations have no CUDA source yet.
+    A named backend must be there (RuntimeError if not), but leaves shapes and types that it is not
+    compiled for to plain PyTorch: unlike attention, that costs time only, never memory. "cuda" has
+    no compiled version of these operations yet.
     """
     if backend not in ("auto", "reference", "cpu", "cuda"):
         raise ValueError(f"unknown backend {backend!r}: choose auto, cpu, cuda or reference")
-    if backend == "cpu" and reason_not_cpu:
-        raise RuntimeError(f"backend cpu cannot run {operation}: {reason_not_cpu}")
-    return backend in ("auto", "cpu") and reason_not_cpu is None
+    if backend not in ("auto", "cpu"):
+        return False
+    reason = native.reason_unavailable()
+    if x.device.type != "cpu":
+        reason = f"the tensors are on {x.device}"
+    if backend == "cpu" and reason:
+        raise RuntimeError(f"backend cpu: {reason}")
+    return reason is None and compiled
 
 
 def embedding_dropout_layer_norm(
@@ -494,11 +564,12 @@ def embedding_dropout_layer_norm(
             f"{list(ids.shape)}, got {list(position_table.shape)}"
         )
     norm_dtype = _norm_dtype(word_table)
-    types = word_table.dtype, norm_dtype, norm_dtype
-    reason = _reason_not_cpu_norm(word_table, types)
-    if position_table.dtype != word_table.dtype:
-        reason = "the tables differ in type"
-    if _use_cpu(backend, "embedding_dropout_layer_norm", reason):
+    compiled = (
+        (word_table.dtype, norm_dtype, norm_dtype) in _TYPES
+        and position_table.dtype == word_table.dtype
+        and _compiled_widths(word_table.shape[1])
+    )
+    if _use_cpu(backend, word_table, compiled):
         drop = _drop(p, key, site)
         return _EmbedNorm.apply(
             ids, word_table, position_table, norm_weight, norm_bias, eps, drop, norm_dtype
@@ -531,8 +602,8 @@ def dropout_add_layer_norm(
     if x.shape != branch.shape:
         raise ValueError(f"x {list(x.shape)} and branch {list(branch.shape)} must agree")
     norm_dtype = _norm_dtype(x)
-    reason = _reason_not_cpu_norm(x, (x.dtype, branch.dtype, norm_dtype))
-    if _use_cpu(backend, "dropout_add_layer_norm", reason):
+    types = x.dtype, branch.dtype, norm_dtype
+    if _use_cpu(backend, x, types in _TYPES and _compiled_widths(x.shape[-1])):
         drop = _drop(p, key, site)
         return _AddNorm.apply(x, branch, norm_weight, norm_bias, eps, drop, norm_dtype)
     y = _wide(x) + _dropout(_wide(branch), p, key, site)
@@ -547,12 +618,46 @@ def gelu_dropout(
 
     x: [B, ...]; p, key, site: as in embedding_dropout_layer_norm. Returns x's shape and dtype.
     """
-    reason = _reason_not_cpu(x)
-    if x.dtype not in _GELU_TYPES:
-        reason = f"it is not compiled for {x.dtype}"
-    if _use_cpu(backend, "gelu_dropout", reason):
+    if _use_cpu(backend, x, x.dtype in _GELU_TYPES):
         return _GeluDropout.apply(x, _drop(p, key, site))
     return _dropout(F.gelu(_wide(x)), p, key, site).to(x.dtype)
+
+
+def attention_projections(
+    x: Tensor,
+    query: tuple[Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    value: tuple[Tensor, Tensor],
+    *,
+    heads: int,
+    layout: BlockLayout | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three linear maps before an attention, their columns split into heads.
+
+    Args:
+        x: [B, N, E]; query, key, value: weight [H * d, E] and bias [H * d] of each.
+        layout: of the attention that follows. What it never reads (queries without an active
+            block, keys and values of blocks that nobody attends to) may be left out: zeros.
+    Returns: query, key, value [B, H, N, d]; in memory [B, N, H, d].
+    Raises: ValueError if shapes disagree.
+    """
+    parameters = [*query, *key, *value]
+    E, K = x.shape[-1], len(query[0])
+    found = [tuple(parameter.shape) for parameter in parameters]
+    if found != [(K, E), (K,)] * 3 or K % heads:
+        raise ValueError(
+            f"x {list(x.shape)} and {heads} heads need three weights [heads * head_dim, {E}] and "
+            f"their biases, got {found}"
+        )
+    dtypes = {tensor.dtype for tensor in (x, *parameters)} | {_norm_dtype(x)}
+    if _use_cpu(backend, x, dtypes == {torch.float32} and _compiled_widths(E, K)):
+        return _Project.apply(x, heads, layout, *parameters)
+    # one product; the attention kernels read the strided parts without a copy
+    weight, bias = torch.cat(parameters[::2]), torch.cat(parameters[1::2])
+    parts = linear(x, weight, bias, backend=backend).view(*x.shape[:2], 3, heads, K // heads)
+    q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
 def attention_output_feed_forward(
@@ -567,6 +672,7 @@ def attention_output_feed_forward(
     p: float,
     key: DropoutKey | None,
     sites: tuple[int, int, int],
+    layout: BlockLayout | None = None,
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -581,6 +687,8 @@ def attention_output_feed_forward(
         output, norm, expand, contract, next_norm: weight and bias of each; [E, K], [E], [F, E],
             [E, F], [E].
         p, key: as in embedding_dropout_layer_norm; sites: of the three dropouts, in order.
+        layout: of the attention; `attended` is zero where it leaves a query without a block, so
+            products with those rows are left out.
     Returns: (z, LayerNorm(z, *next_norm)), dtypes as dropout_add_layer_norm gives them.
     Raises: ValueError if shapes disagree or p is not in [0, 1).
     """
@@ -594,10 +702,9 @@ def attention_output_feed_forward(
             f"{expected}, got {found}"
         )
     dtypes = {tensor.dtype for tensor in (x, attended, *parameters)} | {_norm_dtype(x)}
-    if dtypes == {torch.float32}:  # other types: the compiled parts one after the other
-        reason = _reason_not_cpu_layer(x, attended, parameters)
-        if _use_cpu(backend, "attention_output_feed_forward", reason):
-            return _LayerRest.apply(x, attended, p, key, sites, eps, *parameters)
+    # other types: the compiled parts one after the other
+    if _use_cpu(backend, x, dtypes == {torch.float32} and _compiled_widths(E, K, hidden)):
+        return _LayerRest.apply(x, attended, layout, p, key, sites, eps, *parameters)
     rest: dict[str, Any] = {"p": p, "key": key, "backend": backend}
     branch = linear(attended, *output, backend=backend)
     y, normed = dropout_add_layer_norm(x, branch, *norm, site=sites[0], eps=eps, **rest)

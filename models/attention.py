@@ -64,15 +64,13 @@ class Attention(nn.Module):
         """x [B, N, transformer_dim] -> [B, N, num_head * head_dim] before the output projection,
         and the statistics if dense and asked for."""
         batch, length, _ = x.shape
-        # one product for the three projections; the kernels read the strided parts without a copy
-        qkv = kernels.linear(
+        query, key, value = kernels.attention_projections(
             x,
-            torch.cat([self.W_q.weight, self.W_k.weight, self.W_v.weight]),
-            torch.cat([self.W_q.bias, self.W_k.bias, self.W_v.bias]),
+            *((map_.weight, map_.bias) for map_ in (self.W_q, self.W_k, self.W_v)),
+            heads=self.num_head,
+            layout=self.layout,
             backend=self.backend,
         )
-        qkv = qkv.view(batch, length, 3, self.num_head, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
         statistics = None
         if self.layout is not None:
             out = kernels.block_sparse_attention(

@@ -119,10 +119,16 @@ class Encoder(nn.Module):
                 _parameters(layer.mlpblock["3"]),
                 _parameters(next_norm),
                 sites=(site, site + 1, site + 2),
+                layout=layer.mha.layout,
                 **drop,
             )
         if config.pooling_mode == "CLS":
             pooled = normed[:, 0] * token_mask[:, :1]
         else:
-            pooled = (normed * token_mask.unsqueeze(-1)).float().mean(dim=1)
+            # the masked mean as a product: one pass over `normed`, forward and backward
+            with torch.autocast(normed.device.type, enabled=False):
+                weights = token_mask.unsqueeze(1).to(
+                    torch.promote_types(normed.dtype, torch.float32)
+                )
+                pooled = (weights @ normed.to(weights.dtype)).squeeze(1) / normed.shape[1]
         return pooled, collected or None

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import native
+from kernels import BlockLayout, block_sparse_attention, native
 from kernels.fused import (
     DropoutKey,
     attention_output_feed_forward,
+    attention_projections,
     dropout_add_layer_norm,
     dropout_scale,
     embedding_dropout_layer_norm,
@@ -378,12 +379,14 @@ def test_gelu_to_a_few_units_in_the_last_place(isa):
 
 @needs_library
 def test_what_the_compiled_operations_refuse():
-    t = typed("fp32", e=40)
-    with pytest.raises(RuntimeError, match="40 features are not a multiple of 32"):
-        ours("add", t, 0.1, "cpu")
-    ours("add", t, 0.1, "auto")  # falls back
-    with pytest.raises(RuntimeError, match="float64"):
-        ours("gelu", inputs(torch.float64), 0.1, "cpu")
+    t = typed("fp32", e=40)  # not compiled for this width or type: plain PyTorch
+    for got, want in zip(
+        ours("add", t, 0.1, "cpu"), ours("add", t, 0.1, "reference"), strict=True
+    ):
+        assert torch.equal(got, want)
+    assert ours("gelu", inputs(torch.float64), 0.1, "cpu")[0].dtype == torch.float64
+    with pytest.raises(RuntimeError, match="the tensors are on meta"):
+        gelu_dropout(torch.zeros(2, 4, device="meta"), p=0.1, key=KEY, site=0, backend="cpu")
     t = typed("fp32")
     for bad in (-1, len(t["words"])):
         with pytest.raises(IndexError, match="outside the word table"):
@@ -536,3 +539,103 @@ def test_bf16_products_without_bf16_instructions():
         out = linear(x.float(), w.float().requires_grad_(), b.float())
     assert out.dtype == torch.bfloat16 and out.requires_grad
     assert torch.equal(out, linear(x, w, b))
+
+
+# ---- projections, and what a layout leaves out ------------------------------------------------
+
+
+def sparse_case(dtype, block_size, E=64, K=64, heads=2, nb=6, B=3):
+    """A layout with empty rows and columns, an input and the parameters of a whole half layer."""
+    generator = torch.Generator().manual_seed(7)
+    mask = torch.rand(nb, nb, generator=generator) < 0.25
+    mask[1], mask[:, 2], mask[4], mask[:, 4] = False, False, False, False
+    mask[0, 0] = True
+    layout = BlockLayout.from_mask(mask, block_size)
+
+    def normal(*size, shift=0.0):
+        x = torch.randn(size, generator=generator, dtype=torch.float64) * 0.3 + shift
+        return x.float().to(dtype).requires_grad_()
+
+    maps = [(normal(K, E), normal(K)) for _ in range(3)]
+    rest = [
+        (normal(E, K), normal(E)),
+        (normal(E, shift=1.0), normal(E)),
+        (normal(2 * E, E), normal(2 * E)),
+        (normal(E, 2 * E), normal(E)),
+        (normal(E, shift=1.0), normal(E)),
+    ]
+    return layout, normal(B, nb * block_size, E), maps, rest, heads
+
+
+def through_attention(dtype, block_size, backend, use_layout, **shape):
+    """Outputs and gradients of projections, sparse attention and the rest of the layer."""
+    layout, x, maps, rest, heads = sparse_case(dtype, block_size, **shape)
+    known = layout if use_layout else None
+    q, k, v = attention_projections(x, *maps, heads=heads, layout=known, backend=backend)
+    out = block_sparse_attention(q, k, v, layout, backend=backend)
+    attended = out.transpose(1, 2).reshape(*x.shape[:2], -1)
+    z, normed = attention_output_feed_forward(
+        x, attended, *rest, p=0.1, key=KEY, sites=SITES, layout=known, backend=backend
+    )
+    t = {"x": x}
+    for number, (weight, bias) in enumerate(maps + rest):
+        t |= {f"weight {number}": weight, f"bias {number}": bias}
+    return {"z": z, "normed": normed} | gradients((z, normed), t)
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"E": 96, "K": 32, "heads": 1}], ids=["task", "other widths"]
+)
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+def test_layout_leaves_out_only_what_nobody_reads(block_size, shape, isa):
+    """A layer with products left out against the whole layer in float64."""
+    got = through_attention(torch.float32, block_size, "cpu", True, **shape)
+    plain = through_attention(torch.float32, block_size, "reference", False, **shape)
+    want = through_attention(torch.float64, block_size, "reference", False, **shape)
+    assert got.keys() == plain.keys() == want.keys()
+    for key, exact in want.items():
+        scale = exact.abs().max()
+        error = (got[key].double() - exact).abs().max() / scale
+        allowed = (plain[key].double() - exact).abs().max() / scale
+        print(f"{key}: {error:.2e}, plain {allowed:.2e}")
+        assert error <= 2 * allowed + 32 * torch.finfo(torch.float32).eps, key
+
+
+def test_projections_are_linear_maps_split_into_heads(isa):
+    _, x, maps, _, heads = sparse_case(torch.float32, 16)
+    parts = attention_projections(x, *maps, heads=heads, backend="cpu")
+    for part, (weight, bias) in zip(parts, maps, strict=True):
+        want = F.linear(x, weight, bias).view(*x.shape[:2], heads, -1).transpose(1, 2)
+        assert part.shape == want.shape and part.stride(1) < part.stride(2)
+        torch.testing.assert_close(part, want, rtol=1e-5, atol=1e-5)
+
+
+def test_left_out_rows_are_zero(isa):
+    layout, x, maps, _, heads = sparse_case(torch.float32, 32)
+    q, k, v = attention_projections(x, *maps, heads=heads, layout=layout, backend="cpu")
+    for block in range(layout.num_blocks):
+        rows = slice(32 * block, 32 * block + 32)
+        for part, used in ((q, layout.block_mask[block]), (k, layout.block_mask[:, block])):
+            assert bool((part[:, :, rows] != 0).any()) == bool(used.any())
+        assert torch.equal(v[:, :, rows] != 0, (k[:, :, rows] != 0) & (v[:, :, rows] != 0))
+
+
+def test_projections_have_the_same_bits_at_any_thread_count(isa):
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(through_attention(torch.float32, 128, "cpu", True, B=4))
+    finally:
+        torch.set_num_threads(before)
+    for key, value in results[0].items():
+        assert torch.equal(results[1][key], value), key
+
+
+def test_projections_refuse_shapes_that_disagree():
+    _, x, maps, _, _ = sparse_case(torch.float32, 16)
+    with pytest.raises(ValueError, match="3 heads need three weights"):
+        attention_projections(x, *maps, heads=3)
+    with pytest.raises(ValueError, match="need three weights"):
+        attention_projections(x[..., :32], *maps, heads=2)

@@ -55,3 +55,14 @@ SAT_EXPORT int sat_layer_backward(const SatLayer* a, const float* attended, cons
                                   float* dx, float* dattended, float* pieces, float* dparameters) {
     return kernels().layer_backward(*a, attended, y, h, z, stats, dz, dnormed, dx, dattended, pieces, dparameters);
 }
+
+SAT_EXPORT int sat_project(const SatProjections* a, const float* x, float* query, float* key, float* value) {
+    float* const out[3] = {query, key, value};
+    return kernels().project(*a, x, out);
+}
+
+SAT_EXPORT int sat_project_backward(const SatProjections* a, const float* x, const float* dquery, const float* dkey,
+                                    const float* dvalue, float* dx, float* pieces, float* dparameters) {
+    const float* const dout[3] = {dquery, dkey, dvalue};
+    return kernels().project_backward(*a, x, dout, dx, pieces, dparameters);
+}

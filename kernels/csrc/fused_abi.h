@@ -43,11 +43,22 @@ struct SatLayer {
     int64_t rows, length, features, attended, hidden;
     const float *out_weight, *out_bias, *norm_weight, *norm_bias, *expand_weight, *expand_bias, *contract_weight,
         *contract_bias, *next_weight, *next_bias;
+    const uint8_t* active;    // flags of the blocks of a sequence; bit 0: its queries attend to something. Null: all
+    int64_t block_size;
     float eps;
     uint32_t threshold;
     float scale;
     uint64_t site_key[3];
     int64_t first_example;
+    int threads;
+};
+
+// Query, key and value projections, weights [attended, features].
+struct SatProjections {
+    int64_t rows, length, features, attended;
+    const float *weight[3], *bias[3];
+    const uint8_t* active;    // as in SatLayer; bit 1: its keys are attended to
+    int64_t block_size;
     int threads;
 };
 
@@ -66,6 +77,9 @@ struct SatFusedKernels {
     int (*layer_backward)(const SatLayer&, const float* attended, const float* y, const float* h, const float* z,
                           const float* stats, const float* dz, const float* dnormed, float* dx, float* dattended,
                           float* pieces, float* dparameters);
+    int (*project)(const SatProjections&, const float* x, float* const out[3]);
+    int (*project_backward)(const SatProjections&, const float* x, const float* const dout[3], float* dx,
+                            float* pieces, float* dparameters);
 };
 
 namespace sat_portable {

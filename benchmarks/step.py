@@ -286,7 +286,9 @@ def check(name: str, contender) -> dict[str, float]:
 
 
 GROUPS = {  # profiler names (parts of) -> what a reader calls them, first match wins
-    "attention": ("sat::attention", "scaled_dot_product", "sparse_attention", "_Attention"),
+    "attention": ("sat::attention", "sat_attention", "scaled_dot_product"),
+    "projections": ("_Project",),
+    "output projection, feed-forward": ("_LayerRest",),
     "residual, dropout, norm": ("_AddNorm",),
     "GELU, dropout": ("_GeluDropout",),
     "embedding, dropout, norm": ("_EmbedNorm",),
@@ -538,6 +540,11 @@ def main(argv: list[str]) -> int:
         return 0
     import torch
 
+    from kernels import native
+
+    if reason := native.reason_unavailable():
+        print(f"error: nothing to compare with PyTorch: {reason}", file=sys.stderr)
+        return 2
     machine = measure_machine(arguments.threads)
     if arguments.contenders is None:
         slow = machine["gflops_bf16"] < machine["gflops_fp32"] / 10

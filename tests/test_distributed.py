@@ -263,7 +263,8 @@ def test_two_hosts_equal_one(undisturbed, tmp_path, two_hosts):
             *prefix,
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"),
             *("--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29400", "--rdzv_id=test"),
-            # both namespaces have this machine's host name: torchrun cannot tell which one is meant
+            # both namespaces have this machine's host name: torchrun cannot tell which one is
+            # meant
             f"--rdzv_conf=is_host={int(number == 1)}",
             *(f"--local_addr=10.77.0.{number}", "main_learnable_skewness.py", *arguments),
         ]

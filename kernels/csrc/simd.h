@@ -14,6 +14,11 @@
 #include <string.h>
 
 #if defined(__SSE2__)
+#if SAT_WIDTH == 16 && defined(__GNUC__) && !defined(__clang__)
+// GCC's own header leaves the pass-through operand of unmasked intrinsics undefined on purpose (its bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #endif
 

@@ -39,6 +39,9 @@ help:
 	@echo "make bench      benchmarks on this machine"
 	@echo "make test-gpu, make bench-gpu: the same on a CUDA device"
 
+# tests run beside other work; OpenMP threads that spin while they wait would slow down both
+tests := OMP_WAIT_POLICY=passive $(PY) -m pytest -q
+
 # without a compiler everything still runs, on the backend "reference"; compile.sh says so itself
 kernels:
 	@PYTHON=$(PY) sh compile.sh || true
@@ -47,13 +50,13 @@ demo: train-env kernels
 	@PYTHON=$(PY) sh experiments/demo.sh
 
 test: dev-env kernels
-	@$(PY) -m pytest -q
+	@$(tests)
 
 test-slow: dev-env kernels
-	@$(PY) -m pytest -q -m "not gpu"
+	@$(tests) -m "not gpu"
 
 test-gpu: train-env kernels
-	@$(PY) -m pytest -q -m gpu
+	@$(tests) -m gpu
 
 lint: dev-env
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

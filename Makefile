@@ -55,7 +55,7 @@ test: dev-env kernels
 test-slow: dev-env kernels
 	@$(tests) -m "not gpu"
 
-test-gpu: train-env kernels
+test-gpu: dev-env kernels
 	@$(tests) -m gpu
 
 lint: dev-env

@@ -17,6 +17,7 @@ import emulated_cuda
 import pytest
 import torch
 
+from benchmarks import attention_cuda
 from kernels import BlockLayout, attention_statistics, block_sparse_attention, cuda, flex
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,6 +281,29 @@ def test_strided_padding_masks():
         assert strided.stride() == (1, 2)
         for got, wanted in zip(step(*tensors, layout, strided), expected, strict=True):
             assert torch.equal(got, wanted)
+
+
+# ---- the benchmark ---------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_the_benchmark_computes_the_original_s_way_right():
+    generator = torch.Generator().manual_seed(2)
+    query, key, value, dout = (torch.randn(2, 2, 64, 32, generator=generator) for _ in range(4))
+    mask = torch.rand(4, 4, generator=generator) < 0.5
+    mask[0] = False
+    layout = BlockLayout.from_mask(mask, 16)
+    expected = step(query, key, value, dout, layout, None, backend="reference")
+    csr = attention_cuda.Csr(layout)
+    got = [*csr.step(query, key, value), *csr.step(query, key, value, dout)]
+    for ours, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_computed_limits_need_no_gpu(capsys):
+    attention_cuda.print_limits()
+    # image, bf16: 16 * 2 * 51 blocks of 32 * 32 scores, 4 * 32 operations each
+    assert f"{16 * 2 * 51 * 1024 * 128 / 989e6:.2f}" in capsys.readouterr().out.splitlines()[2]
 
 
 # ---- on a GPU ------------------------------------------------------------------------

@@ -201,9 +201,16 @@ __device__ __forceinline__ void add_weighted(float (&sums)[D / 16][2][4], const 
 }
 
 // Thread blocks that a multiprocessor shall hold at least, which bounds the registers of a thread: 384 threads leave
-// 65,536 / 384 = 168 (in eights) to each. Wide rows and fp32 would have to spill; blocks of 16 rows are no fast path.
+// 65,536 / 384 = 168 (in eights) to each. Wide rows, fp32 and products by shuffles (before sm_80) would have to spill;
+// blocks of 16 rows are no fast path.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr bool kBoundRegisters = false;
+#else
+inline constexpr bool kBoundRegisters = true;
+#endif
 template <class E, int D, int M>
-inline constexpr int kMinBlocks = kBytes<E> == 4 || D == 128 || M == 16 ? 1 : (D == 64 ? 384 : 448) / (M * 2);
+inline constexpr int kMinBlocks =
+    kBoundRegisters && kBytes<E> == 2 && D <= 64 && M > 16 ? (D == 64 ? 384 : 448) / (M * 2) : 1;
 
 // out and lse; without kOutput instead a row's largest score (in lse) and 1 / sum of 2^(s - largest) (in delta).
 template <class E, int D, int M, int K, bool kOutput>

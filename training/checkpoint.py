@@ -413,7 +413,7 @@ def mask_agreement(
     own pattern would choose, 0..1.
 
     block_masks: bool [L, nb, nb]. A tied model's one pattern is compared with every layer's mask.
-    Source: docs/semantics.md, "At the transition".
+    Source: docs/semantics.md, "Choice of blocks".
     """
     patterns = _patterns(model_state_dict)
     shares = []

@@ -364,7 +364,12 @@ def test_signals(tmp_path, number, code):
     folder, script = tmp_path / "out", tmp_path / "run.py"
     script.write_text(LONG_RUN.format(repository=str(REPOSITORY), folder=str(folder)))
     run = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background may have been told to ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     workers = {int(run.stdout.readline()) for _ in range(10)}
     assert names(folder) == ["lra-x.dev.pickle.part", "lra-x.train.pickle.part"]

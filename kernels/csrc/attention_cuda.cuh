@@ -201,16 +201,15 @@ __device__ __forceinline__ void add_weighted(float (&sums)[D / 16][2][4], const 
 }
 
 // Thread blocks that a multiprocessor shall hold at least, which bounds the registers of a thread: 384 threads leave
-// 65,536 / 384 = 168 (in eights) to each. Wide rows, fp32 and products by shuffles (before sm_80) would have to spill;
-// blocks of 16 rows are no fast path.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// 65,536 / 384 = 168 (in eights) to each. Wide rows and fp32 would have to spill, as would all on compute capability
+// 7.5 (products by shuffles) and 12; blocks of 16 rows are no fast path.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
 inline constexpr bool kBoundRegisters = false;
 #else
 inline constexpr bool kBoundRegisters = true;
 #endif
 template <class E, int D, int M>
-inline constexpr int kMinBlocks =
-    kBoundRegisters && kBytes<E> == 2 && D <= 64 && M > 16 ? (D == 64 ? 384 : 448) / (M * 2) : 1;
+inline constexpr int kMinBlocks = kBoundRegisters && kBytes<E> == 2 && D <= 64 && M > 16 ? 384 / (M * 2) : 1;
 
 // out and lse; without kOutput instead a row's largest score (in lse) and 1 / sum of 2^(s - largest) (in delta).
 template <class E, int D, int M, int K, bool kOutput>
@@ -614,6 +613,7 @@ int run_rows(const Run& run, const SatAttention& p) {
     // Columns of a tile: as many as rows, but few enough that the backward pass fits into 64 KB (D 128: 68 KB in fp32).
     constexpr int kMost = kBytes<E> == 2 ? (D == 128 ? 32 : 64) : (D == 128 ? 16 : 32);
     constexpr int K = M < kMost ? M : kMost;
+    constexpr int k = K < 32 ? K : 32;    // the backward pass has no registers left for the addresses of larger tiles
     const int64_t blocks = p.batch * p.heads * (p.length / M);
     auto go = [&](auto kernel, int shared) {
         if (shared > run.shared_limit) return kTooLarge;
@@ -625,12 +625,9 @@ int run_rows(const Run& run, const SatAttention& p) {
         case kDenominator:
             return go(forward_kernel<E, D, M, K, false>, Shared<E, D, M, K, 1>::kTotal);
         case kBackwardRows:
-            return go(backward_rows_kernel<E, D, M, K>, Shared<E, D, M, K, 2>::kTotal);
-        default: {
-            // Two sums of D columns leave no registers for the addresses of larger tiles.
-            constexpr int k = K < 32 ? K : 32;
+            return go(backward_rows_kernel<E, D, M, k>, Shared<E, D, M, k, 2>::kTotal);
+        default:
             return go(backward_columns_kernel<E, D, M, k>, Shared<E, D, M, k, 2>::kTotal);
-        }
     }
 }
 

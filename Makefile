@@ -68,4 +68,4 @@ bench: train-env kernels
 	@$(PY) benchmarks/attention.py
 
 bench-gpu: train-env kernels
-	@$(PY) benchmarks/attention.py --device cuda
+	@$(PY) benchmarks/attention_cuda.py && $(PY) benchmarks/attention_cuda.py --dtype fp32 --json benchmarks/attention_cuda_fp32.json

@@ -16,11 +16,9 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import io
 import itertools
 import re
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +26,7 @@ import numpy as np
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preprocess import writer
+from preprocess import sources, writer
 
 TASK = "lra-listops"
 OPERATORS = ("MIN", "MAX", "MED", "SM")
@@ -44,8 +42,9 @@ MAX_DEPTH = 10  # of the generator: a node at this depth is a digit
 MAX_ARGS = 10
 CUT = 2000  # tokens that the reference reads of a row
 PADDED_LENGTH = 2048
-SPLITS = {"train": "train", "dev": "val", "test": "test"}  # ours -> the release's
-FOLDERS = ("", "listops-1000", "lra_release/listops-1000", "lra_release/lra_release/listops-1000")
+SPLITS = ("train", "dev", "test")
+FOLDER = "listops-1000"  # of the release, and its files
+FILES = {"train": "basic_train.tsv", "dev": "basic_val.tsv", "test": "basic_test.tsv"}
 ROOTS = 1024  # trees drawn at once: some 500,000 nodes
 
 
@@ -361,34 +360,6 @@ def _value_if_expression(source: str) -> int | None:
         return None  # other operators: tokens that we do not know, as the reference takes them
 
 
-def open_sources(source: Path) -> Iterator[tuple[str, str, io.BufferedIOBase]]:
-    """(split, name, binary file) of the three files in a folder, the release, or its .gz archive,
-    in any order."""
-    names = {f"basic_{theirs}.tsv": ours for ours, theirs in SPLITS.items()}
-    if source.is_dir():
-        folder = next(
-            (source / sub for sub in FOLDERS if (source / sub / "basic_train.tsv").is_file()), None
-        )
-        if folder is None:
-            raise ValueError(f"{source} holds no basic_train.tsv (nor does listops-1000 in it)")
-        for name, split in names.items():
-            with open(folder / name, "rb") as file:
-                yield split, str(folder / name), file
-        return
-    missing = dict(names)
-    try:
-        with tarfile.open(source, "r|*") as archive:  # a stream: nothing is unpacked
-            for member in archive:
-                name = Path(member.name).name
-                if member.isfile() and name in missing and "listops" in member.name:
-                    yield missing.pop(name), f"{source}:{member.name}", archive.extractfile(member)
-                    if not missing:
-                        return
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{source} is no readable tar archive ({error})") from error
-    raise ValueError(f"{source} lacks {', '.join(missing)}")
-
-
 def read_lines(name: str, file) -> Iterator[tuple[str, bytes]]:
     """(where, line) of each row after the header; a line is never longer than a megabyte."""
     header = file.readline(1 << 20)
@@ -409,7 +380,7 @@ def convert(arguments, form: Form) -> None:
         writer.open_splits(arguments.output_dir, TASK, SPLITS) as splits,
         writer.progress(None, TASK) as bar,
     ):
-        for split, name, file in open_sources(arguments.source):
+        for split, name, file in sources.split_files(arguments.source, FOLDER, FILES):
             limit = writer.BalancedLimit(arguments.limit, 10)
             chunks = writer.chunks(read_lines(name, file), 200)
             for results in writer.map_ordered(encode, chunks, arguments.workers):

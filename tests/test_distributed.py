@@ -17,6 +17,7 @@ import tiny
 import torch
 
 from training.checkpoint import load_checkpoint
+from training.distributed import SILENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 # the transition comes after a dozen steps, by the rule
@@ -168,6 +169,40 @@ def test_a_lost_process_ends_the_job_in_a_sentence(tmp_path):
     assert load_checkpoint(tiny.checkpoints(tmp_path) / "sat.last.model").step % 10 == 0
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_hung_process_ends_the_job_and_the_restart_continues(undisturbed, tmp_path, rank):
+    job = Job(tmp_path, run_arguments(tmp_path), restarts=1)
+    wait_for_step(tmp_path, 25, job)
+    hung = job.workers()[rank]
+    os.kill(hung, signal.SIGSTOP)  # alive, its connections open, and silent
+    stopped = time.monotonic()
+    try:
+        job.wait_for(f"process {rank} of this job has given no sign of life", seconds=30)
+        assert time.monotonic() - stopped > 5  # a busy process is not a hung one
+    finally:
+        # torchrun itself would end it after half a minute; a continued one obeys at once
+        os.kill(hung, signal.SIGCONT)
+    code, output = job.wait()
+    assert code == 0, output[-3000:]
+    assert "resumed at step" in output
+    assert equal_bits(weights(tmp_path), weights(undisturbed))
+
+
+def test_a_job_stopped_as_a_whole_goes_on(undisturbed, tmp_path):
+    """Ctrl-Z and fg, or a laptop that sleeps: nobody is dead."""
+    job = Job(tmp_path, run_arguments(tmp_path))
+    wait_for_step(tmp_path, 25, job)
+    workers = job.workers().values()
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    time.sleep(SILENCE_SECONDS + 2)
+    for worker in workers:
+        os.kill(worker, signal.SIGCONT)
+    code, output = job.wait()
+    assert code == 0, output[-3000:]
+    assert equal_bits(weights(tmp_path), weights(undisturbed))
+
+
 def kill_one_and_compare(folder, undisturbed, rank, step):
     job = Job(folder, run_arguments(folder, "--resume"), restarts=3)
     wait_for_step(folder, step, job)
@@ -199,6 +234,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(undisturbed, tmp_
     _, output = job.wait()
     stopped = re.search(r"stopped by SIGTERM after step (\d+); go on with: ", output)
     assert stopped, output[-3000:]
+    # torchrun's report of its processes; its own exit code is 1 whatever theirs is
+    assert "143" in re.findall(r"exitcode *: (-?\d+)", output)
     state = load_checkpoint(tiny.checkpoints(tmp_path) / "sat.last.model")
     assert state.step == int(stopped.group(1)) == len(train_records(tmp_path))
     code, output = Job(tmp_path, run_arguments(tmp_path, "--resume")).wait()

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
+import secrets
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# a process that waits this long for another one takes it for dead; they differ by little, as all
-# do the same work
+# a process that waits this long for another one in an exchange takes it for dead; they differ by
+# little, as all do the same work
 PATIENCE_SECONDS = 60
+# a process without a sign of life for this long is stopped or starved
+SILENCE_SECONDS = 10.0
+REMEDY = "start the job again with --resume, or let torchrun do it with --max-restarts"
 
 
 class PeerLostError(RuntimeError):
@@ -30,17 +38,77 @@ def _exchange() -> Iterator[None]:
     except RuntimeError as error:  # what gloo and nccl raise, whatever happened
         detail = str(error).splitlines()[0][:160]
         raise PeerLostError(
-            f"another process of this job has ended or does not answer ({detail}); "
-            f"start the job again with --resume, or let torchrun do it with --max-restarts"
+            f"another process of this job has ended or does not answer ({detail}); {REMEDY}"
         ) from None
+
+
+class Watch:
+    """Ends this process, by a sentence and exit code 1, when its neighbour falls silent.
+
+    A killed process breaks its connections and every exchange with it; a stopped one does not.
+    Each process therefore counts aloud in the job's store and watches the next one of the ring:
+    unless all are silent, a silent one has a neighbour that notices. The main thread waits in an
+    exchange then, which nothing but the end of the process interrupts; the last checkpoint is
+    whole at any moment.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        # a connection of its own: the other one may be waiting
+        self._store = store.clone()  # type: ignore[attr-defined]
+        self._mine, self._other = f"alive/{rank}", (rank + 1) % size
+        self._over = threading.Event()
+        self._store.set(self._mine, "0")
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """To be called once all processes have made theirs."""
+        self._thread.start()
+
+    def close(self) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with contextlib.suppress(RuntimeError):
+            self._store.set(self._mine, "done")
+
+    def _run(self) -> None:
+        heard, count, last = b"", 0, time.monotonic()
+        woke = last
+        while not self._over.wait(1.0):
+            now = time.monotonic()
+            if now - woke > SILENCE_SECONDS / 2:
+                last = now  # this process was stopped itself, perhaps all were
+            woke = now
+            count += 1
+            try:
+                self._store.set(self._mine, str(count))
+                word = self._store.get(f"alive/{self._other}")
+            except RuntimeError as error:
+                self._end(f"the job's store does not answer ({str(error).splitlines()[0][:160]})")
+                return
+            if word == b"done":
+                return
+            if word != heard:
+                heard, last = word, now
+            elif now - last > SILENCE_SECONDS:
+                self._end(
+                    f"process {self._other} of this job has given no sign of life for "
+                    f"{SILENCE_SECONDS:.0f} seconds"
+                )
+
+    def _end(self, what: str) -> None:
+        if not self._over.is_set():
+            print(f"error: {what}; {REMEDY}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 class World:
     """The processes of one job. rank 0 decides, writes and speaks."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, watch: Watch | None = None) -> None:
         self.rank = rank
         self.size = size
+        self._watch = watch
 
     @property
     def is_main(self) -> bool:
@@ -83,8 +151,42 @@ class World:
                 dist.barrier()
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, rank: int, size: int) -> str:
+    """A name that only the processes running now know.
+
+    torchrun keeps one store over all restarts, and under the same keys a process would find the
+    addresses of its dead predecessors. So each draws a word, and the first process sends every
+    other one its own word back, which no predecessor can have, beside the name.
+    """
+    word = secrets.token_hex(8)
+    store.set(f"hello/{rank}", word)
+    unanswered = set(range(1, size)) if rank == 0 else {0}
+    end = time.monotonic() + PATIENCE_SECONDS
+    while unanswered:
+        for other in list(unanswered):
+            if rank == 0:
+                if store.check([f"hello/{other}"]):
+                    store.set(f"welcome/{other}", f"{store.get(f'hello/{other}').decode()} {word}")
+                if (
+                    store.check([f"ready/{other}"])
+                    and store.get(f"ready/{other}").decode() == word
+                ):
+                    unanswered.remove(other)
+            elif store.check([f"welcome/{rank}"]):
+                mine, name = store.get(f"welcome/{rank}").decode().split()
+                if mine == word:
+                    store.set(f"ready/{rank}", name)
+                    return name
+        if time.monotonic() > end:
+            raise RuntimeError(f"{len(unanswered)} of {size} did not come within a minute")
+        time.sleep(0.01)
+    return word
 
 
 def join_world(rank: int, size: int, device: torch.device) -> World:
@@ -94,12 +196,20 @@ def join_world(rank: int, size: int, device: torch.device) -> World:
     Raises:
         PeerLostError: here and in every exchange, if another process does not answer.
     """
-    if size > 1:
-        with _exchange():
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                rank=rank,
-                world_size=size,
-                timeout=datetime.timedelta(seconds=PATIENCE_SECONDS),
-            )
-    return World(rank, size)
+    if size == 1:
+        return World()
+    patience = datetime.timedelta(seconds=PATIENCE_SECONDS)
+    with _exchange():
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=patience))
+        store = dist.PrefixStore(_meet(store, rank, size), store)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=patience,
+        )
+        watch = Watch(store, rank, size)
+        dist.barrier()
+    watch.start()
+    return World(rank, size, watch)

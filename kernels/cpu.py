@@ -12,11 +12,11 @@ from __future__ import annotations
 import ctypes
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import native
 from kernels.layout import BlockLayout
+from kernels.operators import empty_like, empty_outputs, pad_head_dim, register_attention
 from kernels.statistics import AttentionStatistics
 
 name = "cpu"
@@ -80,8 +80,7 @@ def attention_statistics(
     B, H, N, d = query.shape
     if full and mean_out is None:
         mean_out, mean_weight = query.new_zeros(groups, N, N, dtype=torch.float32), 1.0
-    if d % GRANULE:
-        query, key = (F.pad(x, (0, GRANULE - d % GRANULE)) for x in (query, key))
+    query, key = pad_head_dim(_padded(d), query, key)
     pooled_sum, square_sum = torch.ops.sat.attention_statistics(
         query, key, key_padding_mask, block_size, scale, groups, mean_out, mean_weight
     )
@@ -97,38 +96,24 @@ def _dense_block(length: int) -> int:
     return next((size for size in (128, 64, 32, 16) if length % size == 0), length)
 
 
+def _padded(head_dim: int) -> int:
+    return -(-head_dim // GRANULE) * GRANULE
+
+
 def _attention(query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero):
     d = query.shape[3]
-    if d % GRANULE:  # zeros change no score and add columns of zeros to the output
-        more = GRANULE - d % GRANULE
-        query, key, value = (F.pad(x, (0, more)) for x in (query, key, value))
-    out, _ = torch.ops.sat.attention(
+    query, key, value = pad_head_dim(_padded(d), query, key, value)
+    out, _ = _attention_operator(
         query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero
     )
-    return out[..., :d] if d % GRANULE else out
+    return out[..., :d]
 
 
 # ---- the operators ----
 
-_library = torch.library.Library("sat", "FRAGMENT")
-_library.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor[] lists, "
-    "int block_size, float scale, bool pruned_zero) -> (Tensor out, Tensor lse)"
-)
-_library.define(
-    "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, "
-    "Tensor lse, Tensor? key_padding_mask, Tensor[] lists, int block_size, float scale, "
-    "bool pruned_zero) -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
-)
-_library.define(
-    "attention_statistics(Tensor query, Tensor key, Tensor? key_padding_mask, int block_size, "
-    "float scale, int groups, Tensor(a!)? mean, float mean_weight) "
-    "-> (Tensor pooled_sum, Tensor square_sum)"
-)
-
 
 def _forward(query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero):
-    out, lse = _empty_outputs(query)
+    out, lse = empty_outputs(query)
     call = _Call(query, key, value, lse, key_padding_mask, lists, block_size, scale, pruned_zero)
     call.struct.out = _tensor(out)
     if query.numel():
@@ -140,7 +125,7 @@ def _forward(query, key, value, key_padding_mask, lists, block_size, scale, prun
 def _backward(
     dout, query, key, value, out, lse, key_padding_mask, lists, block_size, scale, pruned_zero
 ):
-    dquery, dkey, dvalue = (_empty_like(query) for _ in range(3))
+    dquery, dkey, dvalue = (empty_like(query) for _ in range(3))
     call = _Call(query, key, value, lse, key_padding_mask, lists, block_size, scale, pruned_zero)
     struct = call.struct
     struct.out, struct.dout = _tensor(out), _tensor(dout)
@@ -181,43 +166,18 @@ def _empty_pooled(query: Tensor, block_size: int, groups: int) -> tuple[Tensor, 
     return pooled_sum, query.new_empty(groups, nb, dtype=torch.float64)
 
 
-def _empty_like(query: Tensor) -> Tensor:
-    """[B, H, N, d]; in memory [B, N, H, d] if query's heads lie together (a projection)."""
-    B, H, N, d = query.shape
-    if query.stride(1) < query.stride(2):
-        return query.new_empty(B, N, H, d).transpose(1, 2)
-    return query.new_empty(B, H, N, d)
-
-
-def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-def _setup_context(ctx, inputs, output):
-    query, key, value, ctx.mask, ctx.lists, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, *output)
-
-
-def _differentiate(ctx, dout, dlse):
-    query, key, value, out, lse = ctx.saved_tensors
-    grads = torch.ops.sat.attention_backward(
-        dout, query, key, value, out, lse, ctx.mask, ctx.lists, *ctx.settings
-    )
-    return *grads, None, [None] * len(ctx.lists), None, None, None
-
-
-_library.impl("attention", _forward, "CPU")
-_library.impl("attention_backward", _backward, "CPU")
-_library.impl("attention_statistics", _statistics, "CPU")
-torch.library.register_fake("sat::attention", lambda query, *rest: _empty_outputs(query))
-torch.library.register_fake(
-    "sat::attention_backward", lambda dout, query, *rest: tuple(_empty_like(query) for _ in "qkv")
+_library = torch.library.Library("sat", "FRAGMENT")
+_attention_operator = register_attention(_library, _forward, _backward, "CPU")
+_library.define(
+    "attention_statistics(Tensor query, Tensor key, Tensor? key_padding_mask, int block_size, "
+    "float scale, int groups, Tensor(a!)? mean, float mean_weight) "
+    "-> (Tensor pooled_sum, Tensor square_sum)"
 )
+_library.impl("attention_statistics", _statistics, "CPU")
 torch.library.register_fake(
     "sat::attention_statistics",
     lambda query, key, mask, bs, scale, groups, *rest: _empty_pooled(query, bs, groups),
 )
-torch.library.register_autograd("sat::attention", _differentiate, setup_context=_setup_context)
 
 
 # ---- the C side's structs (csrc/attention.h) ----

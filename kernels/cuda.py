@@ -20,11 +20,11 @@ import logging
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import flex, reference
 from kernels.layout import BlockLayout
+from kernels.operators import empty_like, empty_outputs, pad_head_dim, register_attention
 from kernels.statistics import AttentionStatistics
 
 log = logging.getLogger("sat.kernels")
@@ -105,7 +105,7 @@ def attention_statistics(
     mean_weight: float,
 ) -> AttentionStatistics:
     B, H, N, d = query.shape
-    query, key = (F.pad(x, (0, _padded(d) - d)) for x in (query, key))
+    query, key = pad_head_dim(_padded(d), query, key)
     accumulate = mean_out is not None
     if full and mean_out is None:
         mean_out, mean_weight = query.new_empty(groups, N, N, dtype=torch.float32), 1.0
@@ -143,35 +143,18 @@ def _padded(head_dim: int) -> int:
 
 def _attention(query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero):
     d = query.shape[3]
-    more = _padded(d) - d
-    if more:  # zeros change no score and add columns of zeros to the output
-        query, key, value = (F.pad(x, (0, more)) for x in (query, key, value))
-    out, _ = torch.ops.sat_cuda.attention(
+    query, key, value = pad_head_dim(_padded(d), query, key, value)
+    out, _ = _attention_operator(
         query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero
     )
-    return out[..., :d] if more else out
+    return out[..., :d]
 
 
 # ---- the operators -------------------------------------------------------------------
 
-_operators = torch.library.Library("sat_cuda", "FRAGMENT")
-_operators.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor[] lists, "
-    "int block_size, float scale, bool pruned_zero) -> (Tensor out, Tensor lse)"
-)
-_operators.define(
-    "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, "
-    "Tensor lse, Tensor? key_padding_mask, Tensor[] lists, int block_size, float scale, "
-    "bool pruned_zero) -> (Tensor dq, Tensor dk, Tensor dv)"
-)
-_operators.define(
-    "statistics(Tensor query, Tensor key, Tensor? key_padding_mask, Tensor(a!)? mean, "
-    "float scale, int groups, bool accumulate, float mean_weight) -> Tensor pieces"
-)
-
 
 def _forward(query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero):
-    out, lse = _empty_outputs(query)
+    out, lse = empty_outputs(query)
     call = _Call(query, key, key_padding_mask, block_size, scale)
     call.set_lists(lists)
     call.set(value=value, out=out)
@@ -183,7 +166,7 @@ def _forward(query, key, value, key_padding_mask, lists, block_size, scale, prun
 def _backward(
     dout, query, key, value, out, lse, key_padding_mask, lists, block_size, scale, pruned_zero
 ):
-    dq, dk, dv = (_empty_like(query) for _ in range(3))
+    dq, dk, dv = (empty_like(query) for _ in range(3))
     delta = torch.empty_like(lse)
     call = _Call(query, key, key_padding_mask, block_size, scale)
     call.set_lists(lists)
@@ -209,49 +192,21 @@ def _statistics(query, key, key_padding_mask, mean, scale, groups, accumulate, m
     return pieces
 
 
-def _empty_like(query: Tensor) -> Tensor:
-    """[B, H, N, d]; in memory [B, N, H, d] if query's heads lie together: a projection's order."""
-    B, H, N, d = query.shape
-    if query.stride(1) < query.stride(2):
-        return query.new_empty(B, N, H, d).transpose(1, 2)
-    return query.new_empty(B, H, N, d)
-
-
-def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
 def _empty_pieces(query: Tensor) -> Tensor:
     B, H, N, _ = query.shape
     return query.new_empty(B, H, N // GRANULE, N // GRANULE, dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output):
-    query, key, value, ctx.mask, ctx.lists, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, *output)
-
-
-def _differentiate(ctx, dout, dlse):
-    query, key, value, out, lse = ctx.saved_tensors
-    grads = torch.ops.sat_cuda.attention_backward(
-        dout, query, key, value, out, lse, ctx.mask, ctx.lists, *ctx.settings
-    )
-    return *grads, None, [None] * len(ctx.lists), None, None, None
-
-
+_library = torch.library.Library("sat_cuda", "FRAGMENT")
 # For any device, not "CUDA" alone: the tests run the same operators emulated on the CPU.
-_operators.impl("attention", _forward, "CompositeExplicitAutograd")
-_operators.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-_operators.impl("statistics", _statistics, "CompositeExplicitAutograd")
-torch.library.register_fake("sat_cuda::attention", lambda query, *rest: _empty_outputs(query))
-torch.library.register_fake(
-    "sat_cuda::attention_backward",
-    lambda dout, query, *rest: tuple(_empty_like(query) for _ in range(3)),
+_dispatch_key = "CompositeExplicitAutograd"
+_attention_operator = register_attention(_library, _forward, _backward, _dispatch_key)
+_library.define(
+    "statistics(Tensor query, Tensor key, Tensor? key_padding_mask, Tensor(a!)? mean, "
+    "float scale, int groups, bool accumulate, float mean_weight) -> Tensor pieces"
 )
+_library.impl("statistics", _statistics, _dispatch_key)
 torch.library.register_fake("sat_cuda::statistics", lambda query, *rest: _empty_pieces(query))
-torch.library.register_autograd(
-    "sat_cuda::attention", _differentiate, setup_context=_setup_context
-)
 
 
 # ---- the library (structs as in csrc/attention_cuda.cuh) ------------------------------

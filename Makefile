@@ -68,4 +68,5 @@ bench: train-env kernels
 	@$(PY) benchmarks/attention.py
 
 bench-gpu: train-env kernels
-	@$(PY) benchmarks/attention_cuda.py && $(PY) benchmarks/attention_cuda.py --dtype fp32 --json benchmarks/attention_cuda_fp32.json
+	@$(PY) benchmarks/attention_cuda.py && $(PY) benchmarks/attention_cuda.py --dtype fp32 --json benchmarks/attention_cuda_fp32.json \
+		&& $(PY) benchmarks/step.py --device cuda --batch 512 --micro_batches 128,512

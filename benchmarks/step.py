@@ -1,6 +1,7 @@
 """Milliseconds a sample of whole training steps, ours against plain PyTorch.
 
     python benchmarks/step.py [--task lra-image] [--contenders a,d] [--rounds 5] [--json FILE]
+    python benchmarks/step.py --device cuda --batch 512 --micro_batches 128,512
 
 A step is what training does: forward, backward, clipping, AdamW; in dense phases also the
 attention statistics, the pattern loss and the transition criterion (timed apart and spread over
@@ -12,7 +13,8 @@ them all alike:
     c       ours, dense phase with all its statistics, fp32
     d, e    ours, sparse phase, fp32 and bf16
 
-b16 is left out by default where the CPU cannot multiply bf16: it takes seconds a sample there.
+b16 is left out by default where the CPU cannot multiply bf16: it takes seconds a sample there. On
+a GPU a time ends when the device is done, and there is no profile by operator.
 Every process keeps freed memory (MALLOC_* below): with glibc's defaults each large tensor is given
 back to the system and faulted in again, which costs the plain contenders most. Each contender
 uses the micro-batch that is fastest for it among --micro_batches. Before it is timed, each
@@ -138,8 +140,12 @@ class Plain:
         import numpy as np
         import torch
 
-        ids, ids_1, labels = self.run.train_data.batch(np.arange(begin, end))
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        from training.evaluation import to_device
+
+        device = self.run.device
+        batch = self.run.train_data.batch(np.arange(begin, end))
+        ids, ids_1, labels = to_device(batch, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             return plain_step(
                 self.run.model, self.run.config, ids, ids_1, labels, self.materialised, dropout
             )
@@ -197,7 +203,7 @@ class Ours:
             self.loop.decide(self.run)
 
 
-def make_contender(name: str, task_name: str, batch: int, micro: int, pattern: str):
+def make_contender(name: str, arguments: argparse.Namespace):
     """The contender's step and criterion, on random tokens; same weights for all."""
     import torch
 
@@ -211,27 +217,29 @@ def make_contender(name: str, task_name: str, batch: int, micro: int, pattern: s
     from training.session import made_up_data
     from training.transition import TransitionCriterion
 
-    config, _ = build_config(task_name, Config[task_name])
+    config, _ = build_config(arguments.task, Config[arguments.task])
     config = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, batch_size=batch)
+        config, training=dataclasses.replace(config.training, batch_size=arguments.batch)
     )
+    device = torch.device(arguments.device)
     torch.manual_seed(0)
     run = Run(
         config=config,
         options=RunOptions(
-            micro_batch_size=micro, precision="bf16" if name in ("b16", "e") else "fp32"
+            micro_batch_size=arguments.micro_batches[0],
+            precision="bf16" if name in ("b16", "e") else "fp32",
         ),
         paths=None,
-        device=torch.device("cpu"),
+        device=device,
         world=World(),
         log=NullLog(),
-        model=build_model(config.model),
+        model=build_model(config.model).to(device),
         train_data=made_up_data(config),
         dev_data=made_up_data(config),
         stop=StopSignal(),
         criterion=TransitionCriterion(1e9, 1.0),
     )
-    return Plain(run, name) if name in ("a", "b", "b16") else Ours(run, name, pattern)
+    return Plain(run, name) if name in ("a", "b", "b16") else Ours(run, name, arguments.pattern)
 
 
 # ---- a worker: one contender in a process of its own -------------------------------------------
@@ -248,10 +256,10 @@ def check(name: str, contender) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from training.evaluation import attention_loss, autocast
+    from training.evaluation import attention_loss, autocast, to_device
 
     run = contender.run
-    ids, ids_1, labels = run.train_data.batch(np.arange(2))
+    ids, ids_1, labels = to_device(run.train_data.batch(np.arange(2)), run.device)
 
     def ours(model):
         with torch.no_grad(), autocast(run.device, run.options.precision):
@@ -331,13 +339,8 @@ def work(arguments: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
-    contender = make_contender(
-        arguments.worker,
-        arguments.task,
-        arguments.batch,
-        arguments.micro_batches[0],
-        arguments.pattern,
-    )
+    contender = make_contender(arguments.worker, arguments)
+    wait = torch.cuda.synchronize if arguments.device == "cuda" else lambda: None
     for line in sys.stdin:
         command, _, value = line.strip().partition(" ")
         answer: Any = None
@@ -348,6 +351,7 @@ def work(arguments: argparse.Namespace) -> None:
         elif command in ("step", "criterion"):
             started = time.perf_counter()
             getattr(contender, command)()
+            wait()
             answer = (time.perf_counter() - started) * 1e3
         elif command == "profile":
             answer = profile(contender)
@@ -357,7 +361,7 @@ def work(arguments: argparse.Namespace) -> None:
 # ---- limits ------------------------------------------------------------------------------------
 
 
-def measure_machine(threads: int) -> dict[str, float]:
+def measure_machine(threads: int, device: str) -> dict[str, float]:
     """GFLOP/s of a large product in fp32 and bf16, GB/s of a copy beyond the caches."""
     import torch
 
@@ -368,14 +372,19 @@ def measure_machine(threads: int) -> dict[str, float]:
         for _ in range(count + 1):
             started = time.perf_counter()
             function()
+            if device == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
         return min(times[1:])
 
     found = {}
-    for name, dtype, size in (("fp32", torch.float32, 2048), ("bf16", torch.bfloat16, 512)):
-        x = torch.randn(size, size).to(dtype)
+    sizes = (8192, 8192) if device == "cuda" else (2048, 512)
+    for name, dtype, size in zip(
+        ("fp32", "bf16"), (torch.float32, torch.bfloat16), sizes, strict=True
+    ):
+        x = torch.randn(size, size, device=device).to(dtype)
         found[f"gflops_{name}"] = 2 * size**3 / best(lambda x=x: x @ x) / 1e9
-    source = torch.zeros(1 << 26)
+    source = torch.zeros(1 << 26, device=device)
     target = torch.empty_like(source)
     found["copy_gb_per_second"] = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
     return found
@@ -414,7 +423,7 @@ class Worker:
         command = [
             sys.executable, __file__, "--worker", name, "--task", task,
             "--batch", str(arguments.batch), "--threads", str(arguments.threads),
-            "--micro_batches", micro, "--pattern", arguments.pattern,
+            "--micro_batches", micro, "--pattern", arguments.pattern, "--device", arguments.device,
         ]  # fmt: skip
         environment = dict(os.environ, **MALLOC)
         self.name = name
@@ -469,7 +478,7 @@ def compare(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 if worker.name in ("a", "c"):
                     found["criteria"].append(worker.ask("criterion") / spread_over)
         for worker in workers:
-            if arguments.profile and worker.name in ("c", "d", "e"):
+            if arguments.profile and arguments.device == "cpu" and worker.name in ("c", "d", "e"):
                 parts = worker.ask("profile")
                 results[worker.name]["profile"] = {
                     k: v / arguments.batch for k, v in parts.items()
@@ -514,6 +523,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--task", default="lra-image", help="tasks, separated by commas")
     parser.add_argument("--contenders", type=names, help="of " + ",".join(NAMES))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=64, help="examples a step")
     parser.add_argument(
         "--micro_batches", type=numbers, default=[8, 16], help="each contender takes its fastest"
@@ -540,17 +550,19 @@ def main(argv: list[str]) -> int:
         return 0
     import torch
 
-    from kernels import native
+    from kernels import available_backends
 
-    if reason := native.reason_unavailable():
+    if (reason := available_backends()[arguments.device]) is not True:
         print(f"error: nothing to compare with PyTorch: {reason}", file=sys.stderr)
         return 2
-    machine = measure_machine(arguments.threads)
+    machine = measure_machine(arguments.threads, arguments.device)
     if arguments.contenders is None:
         slow = machine["gflops_bf16"] < machine["gflops_fp32"] / 10
         arguments.contenders = [name for name in NAMES if not (slow and name == "b16")]
     header = {
-        "processor": _processor(),
+        "processor": (
+            torch.cuda.get_device_name() if arguments.device == "cuda" else _processor()
+        ),
         "threads": arguments.threads,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -19,19 +19,19 @@ number of processes.
 import argparse
 import collections
 import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import errno
 import fcntl
 import hashlib
 import itertools
-import multiprocessing
+import multiprocessing.connection
+import multiprocessing.pool
 import os
+import queue
 import shutil
 import signal
 import struct
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -413,8 +413,8 @@ def _raise_terminated(number, frame):
 
 
 def main(function: Callable[[], None]) -> int:
-    """Runs a script's body; its exit code: 0, 2 (one sentence on stderr), 130 or 143 (a
-    signal)."""
+    """Runs a script's body; its exit code: 0; 2 or, if a worker died, 1 (one sentence on
+    stderr); 130 or 143 (a signal)."""
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         function()
@@ -429,9 +429,13 @@ def main(function: Callable[[], None]) -> int:
             "terminated: nothing half-written is left, run it again to start anew", file=sys.stderr
         )
         return 143
-    except concurrent.futures.process.BrokenProcessPool:
-        print("error: a worker process was killed (memory?); try --workers 1", file=sys.stderr)
-        return 2
+    except WorkerDied as error:
+        print(
+            f"error: a worker process was killed (exit code {error}; -9: most often because the "
+            "memory is full), nothing half-written is left; try --workers 1",
+            file=sys.stderr,
+        )
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -456,42 +460,95 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
         yield chunk
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+class WorkerDied(Exception):
+    """A worker process ended without an answer."""
 
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)  # a parent that was killed cannot tell its workers
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def _work(connection: multiprocessing.connection.Connection) -> None:
+    """A worker's life: (function, item) in; (True, result) or (False, exception) out."""
+    # the end of the pipe: the parent is done, or gone
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            function, item = connection.recv()
+            try:
+                answer = True, function(item)
+            except Exception as error:
+                answer = (
+                    False,
+                    multiprocessing.pool.ExceptionWithTraceback(error, error.__traceback__),
+                )
+            connection.send(answer)
+
+
+def _start_workers(count: int) -> list[tuple]:
+    """(process, connection) each. Spawned, not forked: tensorflow's threads do not survive a fork.
+
+    SIGINT and SIGTERM are blocked in them from their first instruction on: the parent decides.
+    """
+    context = multiprocessing.get_context("spawn")
+    started = []
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()  # ours alone: a dead worker is the end of the pipe
+            started.append((process, ours))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return started
 
 
 def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
     """map(function, items) over processes: results in order, a few items per process in flight.
 
     items: best chunks that take some 10 ms or more. function: a module-level function (it is sent
-    by name). Processes are spawned, not forked: tensorflow's threads do not survive a fork.
+    by name).
+    Raises: what `function` raises; WorkerDied.
+
+    A pipe and a thread for each process, nothing shared: a process that is killed at any moment,
+    also in the middle of its answer, is the end of its pipe and of nothing else. (The executor of
+    the standard library shares one pipe for all answers and waits for ever for the rest of one.)
     """
-    if workers == 1:
+    items = iter(items)
+    first = list(itertools.islice(items, 2))
+    items = itertools.chain(first, items)
+    if workers == 1 or len(first) < 2:
         yield from map(function, items)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
-    )
-    processes = []
+    idle: queue.SimpleQueue = queue.SimpleQueue()
+
+    def call(item):
+        process, connection = idle.get()
+        try:
+            connection.send((function, item))
+            done, answer = connection.recv()
+        except (EOFError, OSError) as error:
+            process.join()
+            raise WorkerDied(process.exitcode) from error
+        finally:
+            idle.put((process, connection))
+        if not done:
+            raise answer
+        return answer
+
+    started = _start_workers(workers)
+    threads = concurrent.futures.ThreadPoolExecutor(workers)
     try:
+        for worker in started:
+            idle.put(worker)
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
         for item in items:
-            pending.append(pool.submit(function, item))
-            processes = list((pool._processes or {}).values())
+            pending.append(threads.submit(call, item))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BaseException:
-        for process in processes:
-            process.terminate()  # an interrupted run does not finish what is in flight
-        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for process, _ in started:
+            process.kill()  # an interrupted run does not finish what is in flight
+        threads.shutdown(wait=True, cancel_futures=True)
+        for process, connection in started:
+            process.join()
+            connection.close()

@@ -5,9 +5,11 @@ import errno
 import itertools
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -319,7 +321,7 @@ def test_map_ordered(workers):
 
 
 def test_a_dead_worker_is_one_sentence(capsys):
-    assert writer.main(lambda: list(writer.map_ordered(square, [1, -9, 2, 3], 2))) == 2
+    assert writer.main(lambda: list(writer.map_ordered(square, [1, -9, 2, 3], 2))) == 1
     assert capsys.readouterr().err.startswith("error: a worker process was killed")
 
 
@@ -329,11 +331,13 @@ def test_chunks():
 
 
 LONG_RUN = """
-import itertools, os, sys
+import itertools, os, sys, time
 sys.path.insert(0, {repository!r})
 import numpy as np
 from preprocess import writer
-from tests.test_writer import slow_pid
+def slow_pid(x):
+    time.sleep(0.05)
+    return os.getpid()
 def run():
     with writer.open_splits({folder!r}, "lra-x", ("train", "dev")) as splits:
         for pid in writer.map_ordered(slow_pid, itertools.count(), 2):
@@ -344,9 +348,52 @@ if __name__ == "__main__":
 """
 
 
-def slow_pid(x: int) -> int:
-    time.sleep(0.05)
-    return os.getpid()
+WORKERS_DIE = """
+import itertools, os, sys
+sys.path.insert(0, {repository!r})
+import numpy as np
+from preprocess import writer
+def pid_and_much(x):
+    return os.getpid(), bytes(8 << 20)  # an answer that takes a while to send
+def run():
+    with writer.open_splits({folder!r}, "lra-x", ("train", "dev")) as splits:
+        for pid, much in writer.map_ordered(pid_and_much, itertools.count(), 2):
+            splits["train"].add(input_ids_0=np.zeros(9, np.int32), label=1)
+            print(pid, flush=True)
+if __name__ == "__main__":
+    sys.exit(writer.main(run))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kills processes")
+@pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_workers_that_are_killed_at_any_moment(tmp_path, rounds):
+    """One or both, most often in the middle of an answer: one sentence within seconds."""
+    folder, script = tmp_path / "out", tmp_path / "run.py"
+    script.write_text(WORKERS_DIE.format(repository=str(REPOSITORY), folder=str(folder)))
+    rng = random.Random(0)
+    for number in range(rounds):
+        run = subprocess.Popen(
+            [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        workers = set()
+        while len(workers) < 2:
+            workers.add(int(run.stdout.readline()))
+        reader = threading.Thread(target=run.stdout.read, daemon=True)
+        reader.start()  # nothing waits for us
+        time.sleep(rng.random() / 10)
+        for pid in sorted(workers)[: 1 + number % 2]:
+            os.kill(pid, signal.SIGKILL)
+        try:
+            run.wait(timeout=20)
+        finally:
+            run.kill()
+        assert run.returncode == 1
+        err = run.stderr.read()
+        assert err.startswith("error: a worker process was killed (exit code -9;"), err
+        assert err.count("\n") == 1 and names(folder) == []
+        run.stderr.close()
+        reader.join()
 
 
 def alive(pid: int) -> bool:

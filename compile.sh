@@ -62,12 +62,14 @@ hash=$(cat $sources kernels/csrc/*.h | digest)
 [ -n "$hash" ] || fail "cannot compute a hash: install sha256sum or set PYTHON."
 
 machine=$(uname -m)
+avx512="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
 defines=""
 selected=""
 for source in $sources; do
     case $source in
     *_avx2.cpp) needs="-mavx2 -mfma" isa=AVX2 ;;
-    *_avx512.cpp) needs="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512" isa=AVX512 ;;
+    *_avx512.cpp) needs=$avx512 isa=AVX512 ;;
+    *_avx512bf16.cpp) needs="$avx512 -mavx512bf16" isa=AVX512BF16 ;;
     *)
         selected="$selected $source:"
         continue

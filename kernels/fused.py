@@ -160,7 +160,7 @@ _TYPES = {
     (torch.float32, torch.bfloat16, torch.bfloat16): 1,  # autocast
     (torch.bfloat16, torch.bfloat16, torch.bfloat16): 2,
 }
-_GELU_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_TYPE = {torch.float32: 0, torch.bfloat16: 1}  # SatType in abi.h
 _MASK_BLOCK = 2 * _LANES
 _MAX_FEATURES = 4096
 _LAYER_PIECE = 1024  # SAT_LAYER_PIECE
@@ -203,6 +203,7 @@ _PARAMETERS = ("output", "norm", "expand", "contract", "next_norm")  # of a laye
 
 class _Layer(ctypes.Structure):
     _fields_ = [
+        ("type", ctypes.c_int),
         *((size, ctypes.c_int64) for size in ("rows", "length", "features", "attended", "hidden")),
         *((f"{name}_{part}", ctypes.c_void_p) for name in _PARAMETERS for part in "wb"),
         ("active", ctypes.c_void_p),
@@ -218,6 +219,7 @@ class _Layer(ctypes.Structure):
 
 class _Projections(ctypes.Structure):
     _fields_ = [
+        ("type", ctypes.c_int),
         *((size, ctypes.c_int64) for size in ("rows", "length", "features", "attended")),
         ("weight", ctypes.c_void_p * 3),
         ("bias", ctypes.c_void_p * 3),
@@ -391,7 +393,7 @@ def _gelu_call(x: Tensor, grad: Tensor | None, drop) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
         size = x.numel() // x.shape[0]
-        call = _Gelu(x.shape[0], size, _GELU_TYPES[x.dtype], *drop, torch.get_num_threads())
+        call = _Gelu(x.shape[0], size, _TYPE[x.dtype], *drop, torch.get_num_threads())
         _call("sat_gelu", ctypes.byref(call), x.data_ptr(), _pointer(grad), out.data_ptr())
     return out
 
@@ -405,8 +407,9 @@ class _LayerRest(torch.autograd.Function):
         parameters = tuple(parameter.contiguous() for parameter in parameters)
         rest = layout, p, key, sites, eps
         call, _keep_alive = _layer_call(x, attended, parameters, *rest)
-        y, z, normed = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-        hidden = x.new_empty(*x.shape[:2], call.hidden)
+        y, z = torch.empty_like(x), torch.empty_like(x)
+        normed = torch.empty_like(x, dtype=attended.dtype)
+        hidden = attended.new_empty(*x.shape[:2], call.hidden)
         stats = x.new_empty(*x.shape[:2], 4)
         tensors = x, attended, y, hidden, z, normed, stats
         _call("sat_layer_forward", ctypes.byref(call), *map(_pointer, tensors))
@@ -419,7 +422,7 @@ class _LayerRest(torch.autograd.Function):
     def backward(ctx, dz, dnormed):
         _refuse_twice()
         attended, y, hidden, z, stats, *parameters = ctx.saved_tensors
-        dz, dnormed = _grads(y, dz, dnormed, y.dtype)
+        dz, dnormed = _grads(y, dz, dnormed, attended.dtype)
         call, _keep_alive = _layer_call(y, attended, parameters, *ctx.rest)
         dx, dattended = torch.empty_like(y), torch.empty_like(attended)
         pieces, flat, gradients = _parameter_gradients(call.rows, parameters)
@@ -437,9 +440,9 @@ def _layer_call(
     batch, length, width = x.shape
     active, block_size = _active_blocks(layout)
     call = _Layer(
-        batch * length, length, width, attended.shape[2], len(parameters[4]),
-        *map(_pointer, parameters), _pointer(active), block_size, eps, threshold, scale,
-        site_keys, first_example, torch.get_num_threads(),
+        _TYPE[attended.dtype], batch * length, length, width, attended.shape[2],
+        len(parameters[4]), *map(_pointer, parameters), _pointer(active), block_size, eps,
+        threshold, scale, site_keys, first_example, torch.get_num_threads(),
     )  # fmt: skip
     return call, active
 
@@ -504,14 +507,26 @@ def _projections_call(x, parameters, layout) -> tuple[_Projections, Tensor | Non
     active, block_size = _active_blocks(layout)
     triple = ctypes.c_void_p * 3
     call = _Projections(
-        batch * length, length, width, len(parameters[0]), triple(*map(_pointer, parameters[::2])),
-        triple(*map(_pointer, parameters[1::2])), _pointer(active), block_size,
-        torch.get_num_threads(),
+        _TYPE[x.dtype], batch * length, length, width, len(parameters[0]),
+        triple(*map(_pointer, parameters[::2])), triple(*map(_pointer, parameters[1::2])),
+        _pointer(active), block_size, torch.get_num_threads(),
     )  # fmt: skip
     return call, active
 
 
 # ---- public ------------------------------------------------------------------------
+
+
+def _compiled_products(operand: Tensor, rest: list[Tensor]) -> bool:
+    """Whether products of `operand` with fp32 parameters are compiled: in fp32, or under autocast
+    in bf16 where the CPU multiplies that."""
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
+    if operand.dtype != dtype or any(tensor.dtype != torch.float32 for tensor in rest):
+        return False
+    if dtype == torch.bfloat16 and native.reason_unavailable() is None:
+        return bool(_library().sat_layer_has_bfloat())
+    return dtype == torch.float32
 
 
 def _use_cpu(backend: str, x: Tensor, compiled: bool) -> bool:
@@ -618,7 +633,7 @@ def gelu_dropout(
 
     x: [B, ...]; p, key, site: as in embedding_dropout_layer_norm. Returns x's shape and dtype.
     """
-    if _use_cpu(backend, x, x.dtype in _GELU_TYPES):
+    if _use_cpu(backend, x, x.dtype in _TYPE):
         return _GeluDropout.apply(x, _drop(p, key, site))
     return _dropout(F.gelu(_wide(x)), p, key, site).to(x.dtype)
 
@@ -650,8 +665,7 @@ def attention_projections(
             f"x {list(x.shape)} and {heads} heads need three weights [heads * head_dim, {E}] and "
             f"their biases, got {found}"
         )
-    dtypes = {tensor.dtype for tensor in (x, *parameters)} | {_norm_dtype(x)}
-    if _use_cpu(backend, x, dtypes == {torch.float32} and _compiled_widths(E, K)):
+    if _use_cpu(backend, x, _compiled_products(x, parameters) and _compiled_widths(E, K)):
         return _Project.apply(x, heads, layout, *parameters)
     # one product; the attention kernels read the strided parts without a copy
     weight, bias = torch.cat(parameters[::2]), torch.cat(parameters[1::2])
@@ -701,9 +715,8 @@ def attention_output_feed_forward(
             f"x {list(x.shape)} and attended {list(attended.shape)} need parameters of shapes "
             f"{expected}, got {found}"
         )
-    dtypes = {tensor.dtype for tensor in (x, attended, *parameters)} | {_norm_dtype(x)}
-    # other types: the compiled parts one after the other
-    if _use_cpu(backend, x, dtypes == {torch.float32} and _compiled_widths(E, K, hidden)):
+    compiled = _compiled_products(attended, [x, *parameters]) and _compiled_widths(E, K, hidden)
+    if _use_cpu(backend, x, compiled):  # else the compiled parts one after the other
         return _LayerRest.apply(x, attended, layout, p, key, sites, eps, *parameters)
     rest: dict[str, Any] = {"p": p, "key": key, "backend": backend}
     branch = linear(attended, *output, backend=backend)

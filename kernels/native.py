@@ -11,7 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 
-ABI = 1  # SAT_ABI in csrc/abi.h
+ABI = 2  # SAT_ABI in csrc/abi.h
 LIBRARY = Path(__file__).resolve().parent / "libsat_cpu.so"
 SOURCES = LIBRARY.parent / "csrc"
 STATUS = {1: "no memory for scratch space", 2: "a shape or dtype it does not support"}

@@ -12,6 +12,7 @@
 #if defined(__x86_64__) && !defined(SAT_WITHOUT_AVX512)
 #define SAT_CASE_AVX512(function) \
     case SAT_ISA_AVX512:          \
+    case SAT_ISA_AVX512_BF16:     \
         return avx512::function(*call);
 #else
 #define SAT_CASE_AVX512(function)

@@ -4,8 +4,11 @@
 
 static SatFusedKernels kernels() {
     switch (sat_isa()) {
-#if defined(__x86_64__) && !defined(SAT_WITHOUT_AVX512)
+#if defined(__x86_64__) && !defined(SAT_WITHOUT_AVX512BF16)
         case SAT_ISA_AMX:
+        case SAT_ISA_AVX512_BF16: return sat_avx512_bf16::fused_kernels();
+#endif
+#if defined(__x86_64__) && !defined(SAT_WITHOUT_AVX512)
         case SAT_ISA_AVX512: return sat_avx512::fused_kernels();
 #endif
 #if defined(__x86_64__) && !defined(SAT_WITHOUT_AVX2)
@@ -45,24 +48,28 @@ SAT_EXPORT int sat_gelu(const SatGelu* a, const void* x, const void* grad, void*
     return kernels().gelu(*a, x, grad, out);
 }
 
-SAT_EXPORT int sat_layer_forward(const SatLayer* a, const float* x, const float* attended, float* y, float* h,
-                                 float* z, float* normed, float* stats) {
-    return kernels().layer_forward(*a, x, attended, y, h, z, normed, stats);
+// Whether the layer and the projections are compiled for products of bf16.
+SAT_EXPORT int sat_layer_has_bfloat() { return kernels().layer[SAT_BFLOAT16].forward != nullptr; }
+
+SAT_EXPORT int sat_layer_forward(const SatLayer* a, const float* x, const void* attended, float* y, void* h, float* z,
+                                 void* normed, float* stats) {
+    return kernels().layer[a->type].forward(*a, x, attended, y, h, z, normed, stats);
 }
 
-SAT_EXPORT int sat_layer_backward(const SatLayer* a, const float* attended, const float* y, const float* h,
-                                  const float* z, const float* stats, const float* dz, const float* dnormed,
-                                  float* dx, float* dattended, float* pieces, float* dparameters) {
-    return kernels().layer_backward(*a, attended, y, h, z, stats, dz, dnormed, dx, dattended, pieces, dparameters);
+SAT_EXPORT int sat_layer_backward(const SatLayer* a, const void* attended, const float* y, const void* h,
+                                  const float* z, const float* stats, const float* dz, const void* dnormed, float* dx,
+                                  void* dattended, float* pieces, float* dparameters) {
+    return kernels().layer[a->type].backward(*a, attended, y, h, z, stats, dz, dnormed, dx, dattended, pieces,
+                                             dparameters);
 }
 
-SAT_EXPORT int sat_project(const SatProjections* a, const float* x, float* query, float* key, float* value) {
-    float* const out[3] = {query, key, value};
-    return kernels().project(*a, x, out);
+SAT_EXPORT int sat_project(const SatProjections* a, const void* x, void* query, void* key, void* value) {
+    void* const out[3] = {query, key, value};
+    return kernels().layer[a->type].project(*a, x, out);
 }
 
-SAT_EXPORT int sat_project_backward(const SatProjections* a, const float* x, const float* dquery, const float* dkey,
-                                    const float* dvalue, float* dx, float* pieces, float* dparameters) {
-    const float* const dout[3] = {dquery, dkey, dvalue};
-    return kernels().project_backward(*a, x, dout, dx, pieces, dparameters);
+SAT_EXPORT int sat_project_backward(const SatProjections* a, const void* x, const void* dquery, const void* dkey,
+                                    const void* dvalue, void* dx, float* pieces, float* dparameters) {
+    const void* const dout[3] = {dquery, dkey, dvalue};
+    return kernels().layer[a->type].project_backward(*a, x, dout, dx, pieces, dparameters);
 }

@@ -40,6 +40,7 @@ struct SatGelu {
 
 // Everything between two attentions; `attended`, `hidden`: widths. Three dropout sites.
 struct SatLayer {
+    int type;    // SatType
     int64_t rows, length, features, attended, hidden;
     const float *out_weight, *out_bias, *norm_weight, *norm_bias, *expand_weight, *expand_bias, *contract_weight,
         *contract_bias, *next_weight, *next_bias;
@@ -55,11 +56,24 @@ struct SatLayer {
 
 // Query, key and value projections, weights [attended, features].
 struct SatProjections {
+    int type;    // SatType
     int64_t rows, length, features, attended;
     const float *weight[3], *bias[3];
     const uint8_t* active;    // as in SatLayer; bit 1: its keys are attended to
     int64_t block_size;
     int threads;
+};
+
+// T of csrc/fused_layer.h: what products read and write, fp32 or bf16; void stands for it here.
+struct SatLayerKernels {
+    int (*forward)(const SatLayer&, const float* x, const void* attended, float* y, void* h, float* z, void* normed,
+                   float* stats);
+    int (*backward)(const SatLayer&, const void* attended, const float* y, const void* h, const float* z,
+                    const float* stats, const float* dz, const void* dnormed, float* dx, void* dattended,
+                    float* pieces, float* dparameters);
+    int (*project)(const SatProjections&, const void* x, void* const out[3]);
+    int (*project_backward)(const SatProjections&, const void* x, const void* const dout[3], void* dx, float* pieces,
+                            float* dparameters);
 };
 
 struct SatFusedKernels {
@@ -72,14 +86,7 @@ struct SatFusedKernels {
                                const void* dnormed, float* dsum, float* pieces, float* dparameters,
                                int64_t vocabulary, float* dwords, float* dpositions);
     int (*gelu)(const SatGelu&, const void* x, const void* grad, void* out);
-    int (*layer_forward)(const SatLayer&, const float* x, const float* attended, float* y, float* h, float* z,
-                         float* normed, float* stats);
-    int (*layer_backward)(const SatLayer&, const float* attended, const float* y, const float* h, const float* z,
-                          const float* stats, const float* dz, const float* dnormed, float* dx, float* dattended,
-                          float* pieces, float* dparameters);
-    int (*project)(const SatProjections&, const float* x, float* const out[3]);
-    int (*project_backward)(const SatProjections&, const float* x, const float* const dout[3], float* dx,
-                            float* pieces, float* dparameters);
+    SatLayerKernels layer[2];    // by SatType; null where this instruction set has no products of bf16
 };
 
 namespace sat_portable {
@@ -89,5 +96,8 @@ namespace sat_avx2 {
 SatFusedKernels fused_kernels();
 }
 namespace sat_avx512 {
+SatFusedKernels fused_kernels();
+}
+namespace sat_avx512_bf16 {
 SatFusedKernels fused_kernels();
 }

@@ -9,7 +9,10 @@
 // block gives zero, and keys and values without one are read by nobody: their products are left out, exactly.
 //
 // Parameter gradients are summed over pieces of SAT_LAYER_PIECE tokens, then the pieces in order: the same bits for
-// any number of threads. fp32 only.
+// any number of threads.
+//
+// T is the type of products' operands and of what only products read or write: float, or bf16 (autocast) where the
+// CPU multiplies that. Sums, the residual stream and all row operations are fp32.
 //
 // Shape letters: E features, K width of the attended values, F hidden width; all multiples of 32.
 #pragma once
@@ -20,34 +23,62 @@ namespace SAT_ISA_NAMESPACE {
 
 // ---- small matrix products ----------------------------------------------------------------------
 
-static const int TILE_ROWS = 6;        // 6 x 2 accumulators, 2 vectors of b and 1 of a fill 16 registers
-static const int PANEL = 2 * W;        // columns of a product that are computed together
-static const int64_t TILE = 96;        // tokens
+// Products take their operands in elements that go through the multiplier together: an fp32 number, or two bf16 of
+// consecutive depth, whose products are added in fp32.
+struct Pair {
+    bf16 low, high;
+};
+
+template <class T>
+struct Packing;
+template <>
+struct Packing<float> {
+    typedef float Element;
+    static const int NUM = 1;
+};
+template <>
+struct Packing<bf16> {
+    typedef Pair Element;
+    static const int NUM = 2;
+};
+
+static const int TILE_ROWS = W == 16 ? 12 : 6;    // x 2 accumulators: they, 2 vectors of b and 1 of a fill the registers
+static const int PANEL = 2 * W;                   // columns of a product that are computed together
+static const int64_t TILE = 96;                   // tokens
+
+SAT_INLINE vec multiply_add(float a, const float* b, vec sum) { return sum + splat(a) * load(b); }
+
+#if defined(__AVX512BF16__) && SAT_WIDTH == 16
+SAT_INLINE vec multiply_add(Pair a, const Pair* b, vec sum) {
+    int bits;
+    memcpy(&bits, &a, 4);
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits)),
+                            reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
+}
+#endif
 
 // c[i][j] = start + sum over k of a[i * a_row + k * a_step] * b[k * b_step + j], i < ROWS, j < PANEL.
 // start: what c holds if ADD, else bias[j], or 0 without a bias.
-template <int ROWS, bool ADD>
-SAT_INLINE void micro_product(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                              int64_t b_step, const float* bias, float* c, int64_t c_row) {
+template <int ROWS, bool ADD, class Element, class C>
+SAT_INLINE void micro_product(int64_t depth, const Element* a, int64_t a_row, int64_t a_step, const Element* b,
+                              int64_t b_step, const float* bias, C* c, int64_t c_row) {
     vec sum[ROWS][2];
     const vec start0 = bias ? load(bias) : vec{}, start1 = bias ? load(bias + W) : vec{};
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) {
         sum[i][0] = ADD ? load(c + i * c_row) : start0;
         sum[i][1] = ADD ? load(c + i * c_row + W) : start1;
     }
     for (int64_t k = 0; k < depth; ++k) {
-        const vec b0 = load(b), b1 = load(b + W);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; ++i) {
-            const vec x = splat(a[i * a_row]);
-            sum[i][0] += x * b0;
-            sum[i][1] += x * b1;
+            sum[i][0] = multiply_add(a[i * a_row], b, sum[i][0]);
+            sum[i][1] = multiply_add(a[i * a_row], b + W, sum[i][1]);
         }
         a += a_step;
         b += b_step;
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) {
         store(c + i * c_row, sum[i][0]);
         store(c + i * c_row + W, sum[i][1]);
@@ -55,9 +86,9 @@ SAT_INLINE void micro_product(int64_t depth, const float* a, int64_t a_row, int6
 }
 
 // The same for any number of rows and of panels; panel p of b starts at b + p * b_panel.
-template <bool ADD>
-static void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_step,
-                    const float* b, int64_t b_panel, int64_t b_step, const float* bias, float* c, int64_t c_row) {
+template <bool ADD, class Element, class C>
+static void product(int64_t rows, int64_t columns, int64_t depth, const Element* a, int64_t a_row, int64_t a_step,
+                    const Element* b, int64_t b_panel, int64_t b_step, const float* bias, C* c, int64_t c_row) {
     for (int64_t j = 0; j < columns; j += PANEL, b += b_panel) {
         const float* start = bias ? bias + j : bias;
         int64_t i = 0;
@@ -71,39 +102,83 @@ static void product(int64_t rows, int64_t columns, int64_t depth, const float* a
     }
 }
 
-// A linear layer's weight [out, in] with its two products packed in panels.
+// A linear layer's weight [out, in], packed in panels for one of its products.
+template <class T>
 struct PackedWeight {
+    typedef typename Packing<T>::Element Element;
+    static const int NUM = Packing<T>::NUM;
     int64_t out, in;
-    const float* forward;     // panels of `out`: [out / PANEL][in][PANEL]
-    const float* backward;    // panels of `in`: [in / PANEL][out][PANEL]
+    const Element* panels;    // forward [out / PANEL][in / NUM][PANEL], backward [in / PANEL][out / NUM][PANEL]
+
+    static SAT_INLINE const Element* elements(const T* a) { return reinterpret_cast<const Element*>(a); }
 
     // c [rows, out] = a [rows, in] W' (+ bias)
-    SAT_INLINE void apply(int64_t rows, const float* a, int64_t a_row, const float* bias, float* c,
-                          int64_t c_row) const {
-        product<false>(rows, out, in, a, a_row, 1, forward, in * PANEL, PANEL, bias, c, c_row);
+    template <class C>
+    SAT_INLINE void apply(int64_t rows, const T* a, int64_t a_row, const float* bias, C* c, int64_t c_row) const {
+        product<false>(rows, out, in / NUM, elements(a), a_row / NUM, 1, panels, in / NUM * PANEL, PANEL, bias, c,
+                       c_row);
     }
     // da [rows, in] (+)= dc [rows, out] W
-    template <bool ADD>
-    SAT_INLINE void apply_transposed(int64_t rows, const float* dc, int64_t dc_row, float* da, int64_t da_row) const {
-        product<ADD>(rows, in, out, dc, dc_row, 1, backward, out * PANEL, PANEL, nullptr, da, da_row);
-    }
-    // dw [out, in] += dc' a
-    SAT_INLINE void add_gradient(int64_t rows, const float* dc, int64_t dc_row, const float* a, int64_t a_row,
-                                 float* dw) const {
-        product<true>(out, in, rows, dc, 1, dc_row, a, PANEL, a_row, nullptr, dw, in);
+    template <bool ADD, class C>
+    SAT_INLINE void apply_transposed(int64_t rows, const T* dc, int64_t dc_row, C* da, int64_t da_row) const {
+        product<ADD>(rows, in, out / NUM, elements(dc), dc_row / NUM, 1, panels, out / NUM * PANEL, PANEL, nullptr, da,
+                     da_row);
     }
 };
 
-static PackedWeight pack(const float* weight, int64_t out, int64_t in, float*& space) {
-    float* forward = space;
+// dw [out, in] += dc' a, over `rows` tokens. pairs: space of TILE / 2 * (out + in) elements, for bf16.
+SAT_INLINE void add_gradient(int64_t out, int64_t in, int64_t rows, const float* dc, int64_t dc_row, const float* a,
+                             int64_t a_row, float* dw, Pair*) {
+    product<true>(out, in, rows, dc, 1, dc_row, a, PANEL, a_row, nullptr, dw, in);
+}
+
+#if defined(__AVX512BF16__) && SAT_WIDTH == 16
+// rows [count, width] of bf16, as pairs of consecutive rows [(count + 1) / 2, width]; a missing last row is zero.
+static const Pair* pair_rows(int64_t count, int64_t width, const bf16* rows, int64_t row, Pair* pairs) {
+    for (int64_t r = 0; r < count; r += 2) {
+        const bf16 *low = rows + r * row, *high = low + row;
+        Pair* to = pairs + r / 2 * width;
+        for (int64_t i = 0; i < width; i += W) {
+            const uvec first = __builtin_convertvector(*reinterpret_cast<const bvec_unaligned*>(low + i), uvec);
+            uvec both = first;
+            if (r + 1 < count)
+                both |= __builtin_convertvector(*reinterpret_cast<const bvec_unaligned*>(high + i), uvec) << 16;
+            memcpy(to + i, &both, sizeof both);
+        }
+    }
+    return pairs;
+}
+
+SAT_INLINE void add_gradient(int64_t out, int64_t in, int64_t rows, const bf16* dc, int64_t dc_row, const bf16* a,
+                             int64_t a_row, float* dw, Pair* pairs) {
+    const Pair *dc_pairs = pair_rows(rows, out, dc, dc_row, pairs),
+               *a_pairs = pair_rows(rows, in, a, a_row, pairs + (rows + 1) / 2 * out);
+    product<true>(out, in, (rows + 1) / 2, dc_pairs, 1, out, a_pairs, PANEL, in, nullptr, dw, in);
+}
+#endif
+
+SAT_INLINE void put(float* at, float low, float) { *at = low; }
+SAT_INLINE void put(Pair* at, float low, float high) { *at = {to_bf16(low), to_bf16(high)}; }
+
+template <class T>
+static PackedWeight<T> pack(const float* weight, int64_t out, int64_t in, typename Packing<T>::Element*& space) {
+    const PackedWeight<T> packed{out, in, space};
     for (int64_t panel = 0; panel < out; panel += PANEL)
-        for (int64_t k = 0; k < in; ++k)
-            for (int64_t j = 0; j < PANEL; ++j) *space++ = weight[(panel + j) * in + k];
-    float* backward = space;
+        for (int64_t k = 0; k < in; k += Packing<T>::NUM)
+            for (const float *w = weight + panel * in + k, *end = w + PANEL * in; w < end; w += in)
+                put(space++, w[0], w[Packing<T>::NUM - 1]);
+    return packed;
+}
+
+template <class T>
+static PackedWeight<T> pack_transposed(const float* weight, int64_t out, int64_t in,
+                                       typename Packing<T>::Element*& space) {
+    const PackedWeight<T> packed{out, in, space};
     for (int64_t panel = 0; panel < in; panel += PANEL)
-        for (int64_t k = 0; k < out; ++k)
-            for (int64_t j = 0; j < PANEL; ++j) *space++ = weight[k * in + panel + j];
-    return {out, in, forward, backward};
+        for (int64_t k = 0; k < out; k += Packing<T>::NUM)
+            for (const float *w = weight + k * in + panel, *end = w + PANEL; w < end; ++w)
+                put(space++, w[0], w[(Packing<T>::NUM - 1) * in]);
+    return packed;
 }
 
 // Rows of a tile's buffers lie an odd number of cache lines apart, or they would share few cache sets.
@@ -128,9 +203,9 @@ SAT_INLINE void for_stretches(const uint8_t* active, int64_t block_size, int64_t
     }
 }
 
-SAT_INLINE void fill_zero(float* rows, int64_t count, int64_t width, int64_t row) {
-    for (int64_t r = 0; r < count; ++r)
-        for (int64_t i = 0; i < width; i += W) store(rows + r * row + i, vec{});
+template <class T>
+SAT_INLINE void fill_zero(T* rows, int64_t count, int64_t width) {
+    memset(rows, 0, count * width * sizeof(T));
 }
 
 // ---- row by row ---------------------------------------------------------------------------------
@@ -150,9 +225,32 @@ SAT_INLINE void drop_row(const SatLayer& a, const Position& at, int64_t width, I
     }
 }
 
-SAT_INLINE void add_into(float* sum, const float* row, int64_t width) {
+template <class T>
+SAT_INLINE void add_into(float* sum, const T* row, int64_t width) {
     for (int64_t i = 0; i < width; i += W) store(sum + i, load(sum + i) + load(row + i));
 }
+
+SAT_INLINE void add_into(float* sum, int64_t at, vec x) { store(sum + at, load(sum + at) + x); }
+
+// A thread's buffers, cut from one allocation.
+class Space {
+  public:
+    explicit Space(size_t bytes) : base_(aligned_alloc(64, (bytes + 1023) / 64 * 64)), next_(static_cast<char*>(base_)) {}
+    ~Space() { free(base_); }
+    Space(const Space&) = delete;
+    Space& operator=(const Space&) = delete;
+    bool failed() const { return !base_; }
+    template <class T>
+    T* take(int64_t count) {
+        T* piece = reinterpret_cast<T*>(next_);
+        next_ += (count * sizeof(T) + 63) / 64 * 64;    // the constructor's 1,023 bytes pay for the rounding
+        return piece;
+    }
+
+  private:
+    void* base_;
+    char* next_;
+};
 
 // Where the pieces of a parameter-gradient record start; the order of SatLayer's parameters.
 struct LayerGradients {
@@ -187,29 +285,30 @@ static void add_shared_pieces(const float* pieces, int64_t count, int64_t size, 
 
 // ---- the two passes -----------------------------------------------------------------------------
 
-template <int FIXED>
-static int layer_forward(const SatLayer& a, const float* x, const float* attended, float* y, float* h, float* z,
-                         float* normed, float* stats) {
+template <int FIXED, class T>
+static int layer_forward(const SatLayer& a, const float* x, const T* attended, float* y, T* h, float* z, T* normed,
+                         float* stats) {
+    typedef typename Packing<T>::Element Element;
     const int64_t E = features<FIXED>(a.features), K = a.attended, F = a.hidden;
     const int64_t e = padded(E), f = padded(F), rows = a.rows;
-    float* packed = static_cast<float*>(aligned_alloc(64, 2 * E * (K + 2 * F) * sizeof(float)));
-    if (!packed) return SAT_OUT_OF_MEMORY;
-    float* space = packed;
-    const PackedWeight out = pack(a.out_weight, E, K, space), expand = pack(a.expand_weight, F, E, space),
-                       contract = pack(a.contract_weight, E, F, space);
+    Space weights(E * (K + 2 * F) * sizeof(T));
+    if (weights.failed()) return SAT_OUT_OF_MEMORY;
+    Element* space = weights.take<Element>(0);
+    const PackedWeight<T> out = pack<T>(a.out_weight, E, K, space), expand = pack<T>(a.expand_weight, F, E, space),
+                          contract = pack<T>(a.contract_weight, E, F, space);
     int status = SAT_OK;
 #pragma omp parallel num_threads(a.threads)
     {
-        // branch [TILE, E], norm [TILE, E], hidden [TILE, F]
-        float* buffers = static_cast<float*>(aligned_alloc(64, TILE * (2 * e + f) * sizeof(float)));
-        if (!buffers) {
+        Space buffers(TILE * (e + f) * (sizeof(float) + sizeof(T)));
+        if (buffers.failed()) {
 #pragma omp atomic write
             status = SAT_OUT_OF_MEMORY;
         }
-        float *branch = buffers, *norm = branch + TILE * e, *hidden = norm + TILE * e;
+        float *branch = buffers.take<float>(TILE * e), *wide = buffers.take<float>(TILE * f);
+        T *norm = buffers.take<T>(TILE * e), *hidden = buffers.take<T>(TILE * f);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t tile = 0; tile < (rows + TILE - 1) / TILE; ++tile) {
-            if (!buffers) continue;
+            if (buffers.failed()) continue;
             const int64_t first = tile * TILE, count = rows - first < TILE ? rows - first : TILE;
 
             for_stretches(a.active, a.block_size, a.length, first, first + count,
@@ -232,13 +331,14 @@ static int layer_forward(const SatLayer& a, const float* x, const float* attende
                 normalise_row<FIXED>(to, E, s, a.norm_weight, a.norm_bias, norm + r * e);
             }
 
-            expand.apply(count, norm, e, a.expand_bias, hidden, f);
+            expand.apply(count, norm, e, a.expand_bias, wide, f);
             at = Position(a.length, a.site_key[1], a.first_example, first);
             for (int64_t r = 0; r < count; ++r, at.next()) {
-                float *g = hidden + r * f, *to = h + (first + r) * F;
+                const float* from = wide + r * f;
+                T *g = hidden + r * f, *to = h + (first + r) * F;
                 drop_row(a, at, F,
                          [&](int64_t j) {
-                             const vec v = load(g + j);
+                             const vec v = load(from + j);
                              store(to + j, v);
                              return gelu(v, normal_tail(v));
                          },
@@ -256,38 +356,42 @@ static int layer_forward(const SatLayer& a, const float* x, const float* attende
                 normalise_row<FIXED>(to, E, s, a.next_weight, a.next_bias, normed + (first + r) * E);
             }
         }
-        free(buffers);
     }
-    free(packed);
     return status;
 }
 
-template <int FIXED>
-static int layer_backward(const SatLayer& a, const float* attended, const float* y, const float* h, const float* z,
-                          const float* stats, const float* dz, const float* dnormed, float* dx, float* dattended,
+template <int FIXED, class T>
+static int layer_backward(const SatLayer& a, const T* attended, const float* y, const T* h, const float* z,
+                          const float* stats, const float* dz, const T* dnormed, float* dx, T* dattended,
                           float* pieces, float* dparameters) {
-    const int64_t E = features<FIXED>(a.features), K = a.attended, F = a.hidden;
+    typedef typename Packing<T>::Element Element;
+    const int64_t E = features<FIXED>(a.features), K = a.attended, F = a.hidden, widest = F > K ? F : K;
     const int64_t e = padded(E), f = padded(F), size = LayerGradients::size(a);
-    float* packed = static_cast<float*>(aligned_alloc(64, 2 * E * (K + 2 * F) * sizeof(float)));
-    if (!packed) return SAT_OUT_OF_MEMORY;
-    float* space = packed;
-    const PackedWeight out = pack(a.out_weight, E, K, space), expand = pack(a.expand_weight, F, E, space),
-                       contract = pack(a.contract_weight, E, F, space);
+    Space weights(E * (K + 2 * F) * sizeof(T));
+    if (weights.failed()) return SAT_OUT_OF_MEMORY;
+    Element* space = weights.take<Element>(0);
+    const PackedWeight<T> out = pack_transposed<T>(a.out_weight, E, K, space),
+                          expand = pack_transposed<T>(a.expand_weight, F, E, space),
+                          contract = pack_transposed<T>(a.contract_weight, E, F, space);
     const int64_t count_pieces = (a.rows + SAT_LAYER_PIECE - 1) / SAT_LAYER_PIECE;
     int status = SAT_OK;
 #pragma omp parallel num_threads(a.threads)
     {
-        // stream [TILE, E]: gradient of z, then of y; branch [TILE, E]; norm [TILE, E]; g, dg [TILE, F]
-        float* buffers = static_cast<float*>(aligned_alloc(64, TILE * (3 * e + 2 * f) * sizeof(float)));
-        if (!buffers) {
+        Space buffers(TILE * (2 * e + f) * (sizeof(float) + sizeof(T)) + TILE * (f + E + widest) * sizeof(T));
+        if (buffers.failed()) {
 #pragma omp atomic write
             status = SAT_OUT_OF_MEMORY;
         }
-        float *stream = buffers, *branch = stream + TILE * e, *norm = branch + TILE * e, *g = norm + TILE * e,
-              *dg = g + TILE * f;
+        // gradients: of z, then of y; of the norm; of the hidden values
+        float *stream = buffers.take<float>(TILE * e), *dnorm = buffers.take<float>(TILE * e),
+              *dwide = buffers.take<float>(TILE * f);
+        // operands of products: gradient of the branch, the norm, gelu's output and its input's gradient
+        T *branch = buffers.take<T>(TILE * e), *norm = buffers.take<T>(TILE * e), *g = buffers.take<T>(TILE * f),
+          *dg = buffers.take<T>(TILE * f);
+        Pair* pairs = reinterpret_cast<Pair*>(buffers.take<T>(TILE * (E + widest)));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t piece = 0; piece < count_pieces; ++piece) {
-            if (!buffers) continue;
+            if (buffers.failed()) continue;
             float* sums = pieces + piece * size;
             for (int64_t i = 0; i < size; ++i) sums[i] = 0.0f;
             const LayerGradients d(a, sums);
@@ -299,19 +403,23 @@ static int layer_backward(const SatLayer& a, const float* attended, const float*
                 Position at(a.length, a.site_key[2], a.first_example, first);
                 for (int64_t r = 0; r < count; ++r, at.next()) {
                     const int64_t row = (first + r) * E;
-                    float *s = stream + r * e, *b = branch + r * e;
+                    float* s = stream + r * e;
+                    T* b = branch + r * e;
                     norm_backward_row<FIXED>(z + row, dz ? dz + row : dz, dnormed + row, E, stats + 4 * (first + r) + 2,
                                              a.next_weight, d.next_weight, d.next_bias, s);
                     drop_row(a, at, E, [&](int64_t j) { return load(s + j); },
-                             [&](int64_t j, vec v) { store(b + j, v); });
-                    add_into(d.contract_bias, b, E);
+                             [&](int64_t j, vec v) {
+                                 store(b + j, v);
+                                 add_into(d.contract_bias, j, v);
+                             });
                 }
 
-                contract.apply_transposed<false>(count, branch, e, dg, f);
+                contract.template apply_transposed<false>(count, branch, e, dwide, f);
                 at = Position(a.length, a.site_key[1], a.first_example, first);
                 for (int64_t r = 0; r < count; ++r, at.next()) {
-                    const float* hidden = h + (first + r) * F;
-                    float *value = g + r * f, *grad = dg + r * f;
+                    const T* hidden = h + (first + r) * F;
+                    const float* from = dwide + r * f;
+                    T *value = g + r * f, *grad = dg + r * f;
                     const vec scale = splat(a.scale);
                     for (int64_t block = 0; block < F / MASK_BLOCK; ++block) {
                         ivec keep[PARTS];
@@ -322,42 +430,43 @@ static int layer_backward(const SatLayer& a, const float* attended, const float*
                             const vec v = load(hidden + j);
                             const Normal n = normal_tail(v);
                             store(value + j, only(keep[i], gelu(v, n) * scale));
-                            store(grad + j, only(keep[i], load(grad + j) * gelu_slope(v, n) * scale));
+                            const vec dv = only(keep[i], load(from + j) * gelu_slope(v, n) * scale);
+                            store(grad + j, dv);
+                            add_into(d.expand_bias, j, dv);
                         }
                     }
-                    add_into(d.expand_bias, grad, F);
                 }
-                contract.add_gradient(count, branch, e, g, f, d.contract_weight);
+                add_gradient(E, F, count, branch, e, g, f, d.contract_weight, pairs);
 
                 for (int64_t r = 0; r < count; ++r)
                     normalise_row<FIXED>(y + (first + r) * E, E, stats + 4 * (first + r), a.norm_weight, a.norm_bias,
                                          norm + r * e);
-                expand.add_gradient(count, dg, f, norm, e, d.expand_weight);
-                expand.apply_transposed<false>(count, dg, f, branch, e);
+                add_gradient(F, E, count, dg, f, norm, e, d.expand_weight, pairs);
+                expand.template apply_transposed<false>(count, dg, f, dnorm, e);
 
                 at = Position(a.length, a.site_key[0], a.first_example, first);
                 for (int64_t r = 0; r < count; ++r, at.next()) {
                     const int64_t row = (first + r) * E;
-                    float *s = stream + r * e, *b = branch + r * e;
-                    norm_backward_row<FIXED>(y + row, s, b, E, stats + 4 * (first + r), a.norm_weight, d.norm_weight,
-                                             d.norm_bias, dx + row);
+                    T* b = branch + r * e;
+                    norm_backward_row<FIXED>(y + row, stream + r * e, dnorm + r * e, E, stats + 4 * (first + r),
+                                             a.norm_weight, d.norm_weight, d.norm_bias, dx + row);
                     drop_row(a, at, E, [&](int64_t j) { return load(dx + row + j); },
-                             [&](int64_t j, vec v) { store(b + j, v); });
-                    add_into(d.out_bias, b, E);
+                             [&](int64_t j, vec v) {
+                                 store(b + j, v);
+                                 add_into(d.out_bias, j, v);
+                             });
                 }
                 for_stretches(a.active, a.block_size, a.length, first, first + count,
                               [&](int64_t from, int64_t n, uint8_t flag) {
-                                  const float* grad = branch + (from - first) * e;
-                                  if (!(flag & 1)) return fill_zero(dattended + from * K, n, K, K);
-                                  out.add_gradient(n, grad, e, attended + from * K, K, d.out_weight);
-                                  out.apply_transposed<false>(n, grad, e, dattended + from * K, K);
+                                  const T* grad = branch + (from - first) * e;
+                                  if (!(flag & 1)) return fill_zero(dattended + from * K, n, K);
+                                  add_gradient(E, K, n, grad, e, attended + from * K, K, d.out_weight, pairs);
+                                  out.template apply_transposed<false>(n, grad, e, dattended + from * K, K);
                               });
             }
         }
-        free(buffers);
     }
     add_shared_pieces(pieces, count_pieces, size, a.threads, dparameters);
-    free(packed);
     return status;
 }
 
@@ -365,13 +474,15 @@ static int layer_backward(const SatLayer& a, const float* attended, const float*
 
 // q, k, v [rows, K] = x [rows, E] W' + bias each; active: bit 0 of a block's flag, q is needed, bit 1, k and v are.
 // What is not needed is zero.
-static int project(const SatProjections& a, const float* x, float* const out[3]) {
+template <class T>
+static int project(const SatProjections& a, const T* x, T* const out[3]) {
+    typedef typename Packing<T>::Element Element;
     const int64_t E = a.features, K = a.attended;
-    float* packed = static_cast<float*>(aligned_alloc(64, 6 * E * K * sizeof(float)));
-    if (!packed) return SAT_OUT_OF_MEMORY;
-    float* space = packed;
-    PackedWeight weights[3];
-    for (int i = 0; i < 3; ++i) weights[i] = pack(a.weight[i], K, E, space);
+    Space space(3 * E * K * sizeof(T));
+    if (space.failed()) return SAT_OUT_OF_MEMORY;
+    Element* next = space.take<Element>(0);
+    PackedWeight<T> weights[3];
+    for (int i = 0; i < 3; ++i) weights[i] = pack<T>(a.weight[i], K, E, next);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
     for (int64_t piece = 0; piece < (a.rows + SAT_PIECE - 1) / SAT_PIECE; ++piece) {
         const int64_t end = a.rows < (piece + 1) * SAT_PIECE ? a.rows : (piece + 1) * SAT_PIECE;
@@ -381,67 +492,111 @@ static int project(const SatProjections& a, const float* x, float* const out[3])
                               if (flag & (i ? 2 : 1))
                                   weights[i].apply(n, x + from * E, E, a.bias[i], out[i] + from * K, K);
                               else
-                                  fill_zero(out[i] + from * K, n, K, K);
+                                  fill_zero(out[i] + from * K, n, K);
                           }
                       });
     }
-    free(packed);
     return SAT_OK;
 }
 
 // dparameters: weight [K, E] and bias [K] of query, key, value.
-static int project_backward(const SatProjections& a, const float* x, const float* const dout[3], float* dx,
-                            float* pieces, float* dparameters) {
-    const int64_t E = a.features, K = a.attended, size = 3 * K * (E + 1);
-    float* packed = static_cast<float*>(aligned_alloc(64, 6 * E * K * sizeof(float)));
-    if (!packed) return SAT_OUT_OF_MEMORY;
-    float* space = packed;
-    PackedWeight weights[3];
-    for (int i = 0; i < 3; ++i) weights[i] = pack(a.weight[i], K, E, space);
+template <class T>
+static int project_backward(const SatProjections& a, const T* x, const T* const dout[3], T* dx, float* pieces,
+                            float* dparameters) {
+    typedef typename Packing<T>::Element Element;
+    const int64_t E = a.features, K = a.attended, size = 3 * K * (E + 1), e = padded(E);
+    Space space(3 * E * K * sizeof(T));
+    if (space.failed()) return SAT_OUT_OF_MEMORY;
+    Element* next = space.take<Element>(0);
+    PackedWeight<T> weights[3];
+    for (int i = 0; i < 3; ++i) weights[i] = pack_transposed<T>(a.weight[i], K, E, next);
     const int64_t count_pieces = (a.rows + SAT_LAYER_PIECE - 1) / SAT_LAYER_PIECE;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
-    for (int64_t piece = 0; piece < count_pieces; ++piece) {
-        float* sums = pieces + piece * size;
-        for (int64_t i = 0; i < size; ++i) sums[i] = 0.0f;
-        const int64_t begin = piece * SAT_LAYER_PIECE;
-        const int64_t end = a.rows < begin + SAT_LAYER_PIECE ? a.rows : begin + SAT_LAYER_PIECE;
-        for_stretches(a.active, a.block_size, a.length, begin, end, [&](int64_t from, int64_t n, uint8_t flag) {
-            if (!flag) return fill_zero(dx + from * E, n, E, E);
-            bool first = true;
-            for (int i = 0; i < 3; ++i) {
-                if (!(flag & (i ? 2 : 1))) continue;
-                const float* grad = dout[i] + from * K;
-                float* dweight = sums + i * K * (E + 1);
-                if (first)
-                    weights[i].apply_transposed<false>(n, grad, K, dx + from * E, E);
-                else
-                    weights[i].apply_transposed<true>(n, grad, K, dx + from * E, E);
-                first = false;
-                weights[i].add_gradient(n, grad, K, x + from * E, E, dweight);
-                for (int64_t r = 0; r < n; ++r) add_into(dweight + K * E, grad + r * K, K);
-            }
-        });
+    int status = SAT_OK;
+#pragma omp parallel num_threads(a.threads)
+    {
+        Space buffers(TILE * e * sizeof(float) + TILE * (E + K) * sizeof(T));
+        if (buffers.failed()) {
+#pragma omp atomic write
+            status = SAT_OUT_OF_MEMORY;
+        }
+        float* sum = buffers.take<float>(TILE * e);    // dx, before it is rounded
+        Pair* pairs = reinterpret_cast<Pair*>(buffers.take<T>(TILE * (E + K)));
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t piece = 0; piece < count_pieces; ++piece) {
+            if (buffers.failed()) continue;
+            float* sums = pieces + piece * size;
+            for (int64_t i = 0; i < size; ++i) sums[i] = 0.0f;
+            const int64_t begin = piece * SAT_LAYER_PIECE;
+            const int64_t end = a.rows < begin + SAT_LAYER_PIECE ? a.rows : begin + SAT_LAYER_PIECE;
+            for_stretches(a.active, a.block_size, a.length, begin, end, [&](int64_t from, int64_t n, uint8_t flag) {
+                if (!flag) return fill_zero(dx + from * E, n, E);
+                bool first = true;
+                for (int i = 0; i < 3; ++i) {
+                    if (!(flag & (i ? 2 : 1))) continue;
+                    const T* grad = dout[i] + from * K;
+                    float* dweight = sums + i * K * (E + 1);
+                    if (first)
+                        weights[i].template apply_transposed<false>(n, grad, K, sum, e);
+                    else
+                        weights[i].template apply_transposed<true>(n, grad, K, sum, e);
+                    first = false;
+                    add_gradient(K, E, n, grad, K, x + from * E, E, dweight, pairs);
+                    for (int64_t r = 0; r < n; ++r) add_into(dweight + K * E, grad + r * K, K);
+                }
+                for (int64_t r = 0; r < n; ++r)
+                    for (int64_t i = 0; i < E; i += W) store(dx + (from + r) * E + i, load(sum + r * e + i));
+            });
+        }
     }
     add_shared_pieces(pieces, count_pieces, size, a.threads, dparameters);
-    free(packed);
-    return SAT_OK;
+    return status;
 }
 
-static int layer_forward_any(const SatLayer& a, const float* x, const float* attended, float* y, float* h, float* z,
-                             float* normed, float* stats) {
-    return (a.features == 64 ? layer_forward<64> : layer_forward<0>)(a, x, attended, y, h, z, normed, stats);
+// ---- the table of this instruction set ----------------------------------------------------------
+
+template <class T>
+static int layer_forward_any(const SatLayer& a, const float* x, const void* attended, float* y, void* h, float* z,
+                             void* normed, float* stats) {
+    return (a.features == 64 ? layer_forward<64, T> : layer_forward<0, T>)(
+        a, x, static_cast<const T*>(attended), y, static_cast<T*>(h), z, static_cast<T*>(normed), stats);
 }
 
-static int layer_backward_any(const SatLayer& a, const float* attended, const float* y, const float* h, const float* z,
-                              const float* stats, const float* dz, const float* dnormed, float* dx, float* dattended,
+template <class T>
+static int layer_backward_any(const SatLayer& a, const void* attended, const float* y, const void* h, const float* z,
+                              const float* stats, const float* dz, const void* dnormed, float* dx, void* dattended,
                               float* pieces, float* dparameters) {
-    return (a.features == 64 ? layer_backward<64> : layer_backward<0>)(a, attended, y, h, z, stats, dz, dnormed, dx,
-                                                                      dattended, pieces, dparameters);
+    return (a.features == 64 ? layer_backward<64, T> : layer_backward<0, T>)(
+        a, static_cast<const T*>(attended), y, static_cast<const T*>(h), z, stats, dz, static_cast<const T*>(dnormed),
+        dx, static_cast<T*>(dattended), pieces, dparameters);
+}
+
+template <class T>
+static int project_any(const SatProjections& a, const void* x, void* const out[3]) {
+    T* const parts[] = {static_cast<T*>(out[0]), static_cast<T*>(out[1]), static_cast<T*>(out[2])};
+    return project(a, static_cast<const T*>(x), parts);
+}
+
+template <class T>
+static int project_backward_any(const SatProjections& a, const void* x, const void* const dout[3], void* dx,
+                                float* pieces, float* dparameters) {
+    const T* const parts[] = {static_cast<const T*>(dout[0]), static_cast<const T*>(dout[1]),
+                              static_cast<const T*>(dout[2])};
+    return project_backward(a, static_cast<const T*>(x), parts, static_cast<T*>(dx), pieces, dparameters);
+}
+
+template <class T>
+static SatLayerKernels layer_kernels() {
+    return {layer_forward_any<T>, layer_backward_any<T>, project_any<T>, project_backward_any<T>};
 }
 
 SatFusedKernels fused_kernels() {
-    return {add_norm_any,      add_norm_backward_any, embed_norm_any, embed_norm_backward_any, gelu_any,
-            layer_forward_any, layer_backward_any,    project,        project_backward};
+#if defined(__AVX512BF16__) && SAT_WIDTH == 16
+    const SatLayerKernels bfloat = layer_kernels<bf16>();
+#else
+    const SatLayerKernels bfloat = {nullptr, nullptr, nullptr, nullptr};
+#endif
+    return {add_norm_any, add_norm_backward_any, embed_norm_any,       embed_norm_backward_any,
+            gelu_any,     {layer_kernels<float>(), bfloat}};
 }
 
 }    // namespace SAT_ISA_NAMESPACE

@@ -1,3 +1,3 @@
 #define SAT_ISA_NAMESPACE sat_portable
-#define SAT_WIDTH 8
+#define SAT_WIDTH 4
 #include "fused_layer.h"

@@ -12,6 +12,9 @@
 #ifndef SAT_WITHOUT_AVX512
 #define SAT_BUILT_AVX512 1
 #endif
+#ifndef SAT_WITHOUT_AVX512BF16
+#define SAT_BUILT_AVX512BF16 1
+#endif
 #endif
 
 #ifndef SAT_SOURCE_HASH
@@ -24,7 +27,9 @@ SAT_EXPORT const char* sat_source_hash() { return SAT_SOURCE_HASH; }
 // compile.sh looks for this text in a finished library to see whether it is up to date.
 SAT_EXPORT const char* sat_build_id() { return "SAT_BUILD=" SAT_BUILD_ID; }
 
-static const char* const isa_names[SAT_ISA_COUNT] = {"portable", "avx2", "avx512", "amx"};
+static const char* const isa_names[SAT_ISA_COUNT] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+
+static const char* const missing = "this CPU does not have it";
 
 // Why `isa` cannot run here, or null if it can.
 static const char* reason_missing(int isa) {
@@ -33,15 +38,18 @@ static const char* reason_missing(int isa) {
             return nullptr;
 #ifdef SAT_BUILT_AVX2
         case SAT_ISA_AVX2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? nullptr
-                                                                                  : "this CPU does not have it";
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? nullptr : missing;
 #endif
 #ifdef SAT_BUILT_AVX512
         case SAT_ISA_AVX512:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
                        ? nullptr
-                       : "this CPU does not have it";
+                       : missing;
+#endif
+#ifdef SAT_BUILT_AVX512BF16
+        case SAT_ISA_AVX512_BF16:
+            return __builtin_cpu_supports("avx512bf16") ? reason_missing(SAT_ISA_AVX512) : missing;
 #endif
         default:
             return "it is not compiled into this library";

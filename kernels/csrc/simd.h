@@ -51,11 +51,17 @@ SAT_INLINE vec load(const bf16* p) {
 
 // Rounds to nearest even; NaN stays NaN.
 SAT_INLINE void store(bf16* p, vec x) {
+#if defined(__AVX512BF16__) && SAT_WIDTH == 16
+    __m256bh rounded = _mm512_cvtneps_pbh(x);    // subnormal numbers become 0
+    memcpy(p, &rounded, sizeof rounded);
+}
+#else
     uvec bits = reinterpret_cast<uvec>(x);
     uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     rounded = reinterpret_cast<ivec>(x != x) ? (bits >> 16) | 0x40 : rounded;
     *reinterpret_cast<bvec_unaligned*>(p) = __builtin_convertvector(rounded, bvec);
 }
+#endif
 
 SAT_INLINE float to_float(float x) { return x; }
 SAT_INLINE float to_float(bf16 x) {
@@ -63,6 +69,12 @@ SAT_INLINE float to_float(bf16 x) {
     float y;
     memcpy(&y, &bits, 4);
     return y;
+}
+
+SAT_INLINE bf16 to_bf16(float x) {
+    bf16 lanes[W];
+    store(lanes, splat(x));
+    return lanes[0];
 }
 
 // max(c, x) and min(c, x) return x if x is NaN, so that NaN travels on. (GCC makes a comparison and a blend of `?:`.)

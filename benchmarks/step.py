@@ -213,7 +213,7 @@ def make_contender(name: str, arguments: argparse.Namespace):
     from training.distributed import World
     from training.interrupt import StopSignal
     from training.logging import NullLog
-    from training.loop import Run, RunOptions
+    from training.run import Run, RunOptions
     from training.session import made_up_data
     from training.transition import TransitionCriterion
 

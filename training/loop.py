@@ -9,95 +9,23 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from kernels import DropoutKey
-from models import SequenceClassifier, StatisticsRequest, select_blocks
+from models import StatisticsRequest, select_blocks
 from training import memory, report
 from training.batching import Chunk, plan_chunks
-from training.checkpoint import RunPaths, TrainState, save_checkpoint, save_masks
-from training.config import TaskConfig
-from training.dataset import Dataset, evaluation_subset, training_indices
-from training.distributed import PeerLostError, World
+from training.checkpoint import TrainState, save_checkpoint, save_masks
+from training.dataset import evaluation_subset, training_indices
+from training.distributed import PeerLostError
 from training.evaluation import attention_loss, autocast, evaluate, to_device
-from training.interrupt import StopSignal
-from training.logging import NullLog
-from training.optim import PhaseOptimizer
-from training.transition import Decision, TransitionCriterion
+from training.run import Run, StepResult, TrainingFailed
+from training.transition import Decision
 
 EVALUATION_SEED = 0  # the dev subset is the same for every run, so that runs can be compared
 FIRST_BEST_STEP = 100  # as in the reference, earlier evaluations are not worth a checkpoint
-
-
-class TrainingFailed(RuntimeError):
-    """A run cannot go on; the message is one sentence for its user."""
-
-
-@dataclass
-class RunOptions:
-    """What the command line decides beside the configuration."""
-
-    seed: int = 0
-    pattern: str = "learned"
-    max_dense_steps: int | None = None  # the transition comes at this step at the latest
-    patience: int | None = None  # evaluations without a better one after which training ends
-    stop_after: int | None = None  # a cut through the full schedule, to be resumed
-    micro_batch_size: int = 16
-    precision: str = "fp32"
-    resume_command: str = ""
-
-
-@dataclass
-class Run:
-    """Everything a run consists of. The loop changes `step` and what follows it; the rest
-    stays."""
-
-    config: TaskConfig
-    options: RunOptions
-    paths: RunPaths | None  # None: a dry run, which writes nothing
-    device: torch.device
-    world: World
-    log: NullLog
-    model: SequenceClassifier
-    train_data: Dataset
-    dev_data: Dataset
-    stop: StopSignal
-    criterion: TransitionCriterion
-    optimizer: PhaseOptimizer = field(init=False)
-    scaler: torch.amp.GradScaler = field(init=False)
-    phase: str = "dense"
-    step: int = 0
-    transition_step: int | None = None
-    best_accuracy: float | None = None
-    best_step: int | None = None
-    evaluations_since_best: int = 0
-    seconds: float = 0.0  # spent training, over all its sessions
-    mean_attention: Tensor | None = None  # [L, groups, N, N] fp32, dense phase only
-
-    def __post_init__(self) -> None:
-        self.optimizer = self.new_optimizer()
-        # fp16 alone has too small a range for gradients
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.options.precision == "fp16"
-        )
-
-    def new_optimizer(self) -> PhaseOptimizer:
-        return PhaseOptimizer(self.model.parameters(), self.config.training, self.phase)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Means over the global batch of one training step."""
-
-    loss: float
-    attention_loss: float | None  # None in the sparse phase
-    accuracy: float
-    learning_rate: float
-    stop_signal: int  # of any process; 0: none
 
 
 # ---- the run -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,10 @@ from torch import Tensor
 import kernels
 from models.config import ModelConfig
 from training import memory
+from training.evaluation import Evaluation
 from training.logging import write_json
-
-if TYPE_CHECKING:
-    from training.evaluation import Evaluation
-    from training.loop import Run, StepResult
-    from training.transition import Decision
-
+from training.run import Run, StepResult
+from training.transition import Decision
 
 # ---- start -------------------------------------------------------------------------
 

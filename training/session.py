@@ -41,7 +41,7 @@ from training.distributed import PeerLostError, World, join_world
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopSignal
 from training.logging import NullLog, RunLog, say
-from training.loop import Run, RunOptions, TrainingFailed
+from training.run import Run, RunOptions, TrainingFailed
 from training.transition import TransitionCriterion
 
 # share of a layer's mask that its pattern would choose; foreign masks reach about the density

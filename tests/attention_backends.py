@@ -62,13 +62,13 @@ def _cpu_isa(isa: str):
         native.select_isa(os.environ.get("SAT_CPU_ISA", ""))
 
 
-def _cpu(isa: str) -> Case:
+def _cpu(isa: str, dtypes=(FP32, BF16)) -> Case:
     """The compiled kernels in one instruction set."""
     return Case(
         f"cpu-{isa}",
         "cpu",
         activate=lambda: _cpu_isa(isa),
-        dtypes=(FP32, BF16),
+        dtypes=dtypes,
         block_sizes=(16, 32, 48, 64, 128),
         skip=lambda: native.reason_unavailable() or native.list_isas()[isa],
         num_examples=300 if isa == "avx2" else 100,
@@ -78,6 +78,7 @@ def _cpu(isa: str) -> Case:
 CASES = [
     Case("reference", "reference", dtypes=(FP32, BF16, FP16, FP64)),
     *(_cpu(isa) for isa in ("portable", "avx2", "avx512")),
+    _cpu("avx512_bf16", (BF16,)),
     Case("cuda", "cuda", device="cuda"),
     Case("cuda-emulated", "cuda", activate=emulated_cuda.active, num_examples=50, max_tokens=2048),
 ]

@@ -2,29 +2,35 @@
 
 #include "attention.h"
 
+// A file that compile.sh left out is no choice; abi.h orders the instruction sets, each has what those before it have.
+#define SAT_TRY(isa, function) \
+    if (sat_isa() >= isa) return function(*call);
+
 #if defined(__x86_64__) && !defined(SAT_WITHOUT_AVX2)
-#define SAT_CASE_AVX2(function) \
-    case SAT_ISA_AVX2:          \
-        return avx2::function(*call);
+#define SAT_TRY_AVX2(function) SAT_TRY(SAT_ISA_AVX2, avx2::function)
 #else
-#define SAT_CASE_AVX2(function)
+#define SAT_TRY_AVX2(function)
 #endif
 #if defined(__x86_64__) && !defined(SAT_WITHOUT_AVX512)
-#define SAT_CASE_AVX512(function) \
-    case SAT_ISA_AVX512:          \
-    case SAT_ISA_AVX512_BF16:     \
-        return avx512::function(*call);
+#define SAT_TRY_AVX512(function) SAT_TRY(SAT_ISA_AVX512, avx512::function)
 #else
-#define SAT_CASE_AVX512(function)
+#define SAT_TRY_AVX512(function)
+#endif
+#if defined(__x86_64__) && !defined(SAT_WITHOUT_AVX512BF16)
+#define SAT_TRY_AVX512BF16(function) SAT_TRY(SAT_ISA_AVX512_BF16, avx512_bf16::function)
+#else
+#define SAT_TRY_AVX512BF16(function)
 #endif
 
-#define SAT_DISPATCH(function)                   \
-    switch (sat_isa()) {                         \
-        SAT_CASE_AVX2(function)                  \
-        SAT_CASE_AVX512(function)                \
-        default:                                 \
-            return portable::function(*call);    \
+#define SAT_TRY_BFLOAT16(function)       \
+    if (call->type == SAT_BFLOAT16) {    \
+        SAT_TRY_AVX512BF16(function)     \
     }
+
+#define SAT_DISPATCH(function)   \
+    SAT_TRY_AVX512(function)     \
+    SAT_TRY_AVX2(function)       \
+    return portable::function(*call);
 
 template <class Call>
 static bool supported(const Call* call) {
@@ -34,11 +40,13 @@ static bool supported(const Call* call) {
 
 SAT_EXPORT int sat_attention_forward(const SatAttention* call) {
     if (!supported(call)) return SAT_NOT_SUPPORTED;
+    SAT_TRY_BFLOAT16(attention_forward)
     SAT_DISPATCH(attention_forward)
 }
 
 SAT_EXPORT int sat_attention_backward(const SatAttention* call) {
     if (!supported(call)) return SAT_NOT_SUPPORTED;
+    SAT_TRY_BFLOAT16(attention_backward)
     SAT_DISPATCH(attention_backward)
 }
 

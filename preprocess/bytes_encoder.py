@@ -20,7 +20,5 @@ def encode_bytes(text: bytes, *, max_ids: int, length: int) -> np.ndarray:
         raise ValueError(f"max_ids {max_ids} does not fit the padded length {length}")
     ids = np.zeros(length, dtype=np.int32)
     count = min(len(text), max_ids)
-    kept = ids[:count]
-    kept[...] = np.frombuffer(text, dtype=np.uint8, count=count)
-    kept += 1
+    np.add(np.frombuffer(text, dtype=np.uint8, count=count), 1, out=ids[:count], dtype=np.int32)
     return ids

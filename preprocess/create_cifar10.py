@@ -20,7 +20,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -121,28 +120,32 @@ def read_batches(source: Path, skips: writer.Skips) -> dict[str, Examples]:
 
 def _batch_files(source: Path) -> Iterator[tuple[str, str, bytes]]:
     """(batch, where, content) of the batch files in a folder, tar or zip."""
-    for name, size, opener in _members(source):
-        path = PurePosixPath(name)
-        batch = path.name.removesuffix(".bin")
+    for name, size, read in _members(source):
+        batch = PurePosixPath(name).name.removesuffix(".bin")
         if batch in (*TRAIN_BATCHES, TEST_BATCH):
             if size > 1 << 28:
                 raise ValueError(f"{source}: {name} has {size:,} bytes, no CIFAR-10 batch")
-            with opener() as file:
-                yield batch, f"{source}: {name}", file.read()
+            yield batch, f"{source}: {name}", read()
 
 
-def _members(source: Path) -> Iterator[tuple[str, int, Callable[[], BinaryIO]]]:
+def _members(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     if source.is_dir():
         for path in sorted(source.glob("*")) + sorted(source.glob("cifar-10-batches-*/*")):
             if path.is_file():
-                yield str(path), path.stat().st_size, functools.partial(path.open, "rb")
+                yield str(path), path.stat().st_size, path.read_bytes
     elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for info in archive.infolist():
-                yield info.filename, info.file_size, lambda info=info: archive.open(info)
+        with sources.open_zip(source) as archive:
+            infos = archive.infolist()
+        for info in infos:
+            yield info.filename, info.file_size, functools.partial(_unzip, source, info)
     else:
         for name, size, file in sources.archive_members(source):
-            yield name, size, lambda file=file: file
+            yield name, size, file.read
+
+
+def _unzip(source: Path, info: zipfile.ZipInfo) -> bytes:
+    with sources.open_zip(source) as archive:
+        return archive.read(info)
 
 
 def read_batch(data: bytes, where: str) -> Examples:
@@ -233,8 +236,8 @@ def _file_names(source: Path) -> list[str]:
             for folder, _, names in os.walk(source)
             for name in names
         ]
-    with zipfile.ZipFile(source) as archive:
-        return [info.filename for info in archive.infolist() if not info.is_dir()]
+    with sources.open_zip(source) as archive:
+        return [info.filename for info in archive.infolist() if not info.filename.endswith("/")]
 
 
 def arrange(
@@ -342,7 +345,7 @@ def is_batches(source: Path) -> bool:
             re.fullmatch(r"data_batch_\d(\.bin)?", p.name) for p in source.glob("*")
         ) or any(source.glob("cifar-10-batches-*/data_batch_1*"))
     if zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
+        with sources.open_zip(source) as archive:
             return any(
                 re.search(r"(^|/)data_batch_\d(\.bin)?$", name) for name in archive.namelist()
             )
@@ -371,15 +374,12 @@ def run(argv=None) -> None:
         return
     if not source.exists():
         raise ValueError(f"{source} does not exist")
-    try:
-        if is_batches(source):
-            skips = writer.Skips(arguments.on_error)
-            convert_arrays(functools.partial(read_batches, source, skips), arguments)
-            skips.report()
-        else:
-            convert_pictures(source, arguments)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{source} is a damaged zip archive ({error})") from error
+    if is_batches(source):
+        skips = writer.Skips(arguments.on_error)
+        convert_arrays(functools.partial(read_batches, source, skips), arguments)
+        skips.report()
+    else:
+        convert_pictures(source, arguments)
 
 
 if __name__ == "__main__":

@@ -51,19 +51,23 @@ def read_rows(
         if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
             raise ValueError(f"{row_where}: longer than {LONGEST_LINE:,} bytes")
         line = line.removesuffix(b"\n").removesuffix(b"\r")
-        fields = line.split(b"\t")
+        # split() and count() look at every byte in turn, half the time of a row; partition() leaps
+        fields = line.split(b"\t", COLUMNS - 2)
+        text1, tab, text2 = fields.pop().partition(b"\t")
+        fields += [text1, text2] if tab else [text1]
         if not line:
             skips.skip(row_where, "blank line")
         elif b"\r" in line:
             skips.skip(row_where, "a carriage return inside the line")
-        elif len(fields) != COLUMNS:
-            skips.skip(row_where, f"{len(fields)} columns, expected {COLUMNS}")
+        elif len(fields) != COLUMNS or b"\t" in text2:
+            columns = line.count(b"\t") + 1
+            skips.skip(row_where, f"{columns} columns, expected {COLUMNS}")
         elif not all(fields):
             skips.skip(row_where, f"column {fields.index(b'') + 1} is empty")
         elif (label := parse_label(fields[0])) is None:
             skips.skip(row_where, "the label is not 0 or 1")
         else:
-            yield fields[3], fields[4], label
+            yield text1, text2, label
 
 
 @functools.lru_cache(maxsize=64)  # the files have two or three different ones

@@ -4,9 +4,13 @@ A damaged archive must never look like a short one: tarfile ends quietly at a he
 off, so `archive_members` checks the end of the archive itself.
 """
 
+import contextlib
 import gzip
 import io
+import lzma
+import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -14,6 +18,11 @@ from typing import BinaryIO
 
 TAR_BLOCK = 512
 DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
+# what zipfile raises for damaged archives, found by fuzzing; RuntimeError: a password
+ZIP_DAMAGE = (
+    *(zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, struct.error),
+    *(UnicodeDecodeError, NotImplementedError, RuntimeError, OverflowError, OSError),
+)
 
 
 class _WatchedStream(io.RawIOBase):
@@ -100,6 +109,20 @@ def archive_members(path: Path) -> Iterator[tuple[str, int, BinaryIO]]:
                 raise EOFError("no end-of-archive mark")
     except DAMAGE as error:
         raise _damaged(path, where, error) from error
+
+
+@contextlib.contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip archive; reading it too belongs into the block.
+
+    Raises: ValueError naming the archive if it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except ZIP_DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is a damaged zip archive ({reason}): get it again") from error
 
 
 def split_files(

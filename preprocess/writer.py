@@ -23,6 +23,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import itertools
 import multiprocessing.connection
 import multiprocessing.pool
@@ -43,9 +44,11 @@ BATCH = (
     1000  # items between two APPENDS, as the standard pickler does: bounds the unpickler's stack
 )
 
-# After this many bytes a thread sends them to the disk while the next examples are made: at the
-# end little is left to wait for (a third of the time of lra-text otherwise).
-SYNC = 64 << 20
+# Threads hash and write blocks of this size while the next examples are made: a third of the time
+# of lra-retrieval otherwise.
+BLOCK = 2 << 20
+# And send them to the disk after this many bytes: at the end little is left to wait for.
+SYNC = 16 << 20
 
 
 # ---- the pickle ---------------------------------------------------------------------------------
@@ -107,11 +110,15 @@ def _label(label) -> bytes:
     raise TypeError(f"a label is np.int64, np.int32 or int, not {type(label).__name__}")
 
 
+def _example(input_ids_0: np.ndarray, label, input_ids_1: np.ndarray | None) -> tuple:
+    """Parts of an example's opcodes."""
+    second = () if input_ids_1 is None else (_IDS_1, *_array(input_ids_1))
+    return (b"}(", _IDS_0, *_array(input_ids_0), *second, _LABEL, _label(label), b"u")
+
+
 def encode_example(input_ids_0: np.ndarray, label, input_ids_1: np.ndarray | None = None) -> bytes:
     """One example as pickle opcodes (in a worker process); `SplitWriter.add_encoded` takes it."""
-    second = () if input_ids_1 is None else (_IDS_1, *_array(input_ids_1))
-    parts = (b"}(", _IDS_0, *_array(input_ids_0), *second, _LABEL, _label(label), b"u")
-    return b"".join(parts)  # one copy of the ids
+    return b"".join(_example(input_ids_0, label, input_ids_1))
 
 
 class SplitWriter:
@@ -131,12 +138,16 @@ class SplitWriter:
         self.count = 0
         self._notify = notify
         self._part = self.path.with_name(self.path.name + ".part")
+        # filled in turn and used again: fresh memory for each block costs more than filling it
+        self._blocks = [io.BytesIO(_HEADER), io.BytesIO()]
+        self._blocks[0].seek(0, os.SEEK_END)
+        self._view = memoryview(b"")  # of the block that the threads work on
         self._hash = hashlib.sha256()
         self._unsynced = 0
-        self._syncing: concurrent.futures.Future | None = None
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._writing: list[concurrent.futures.Future] = []
+        self._syncing: list[concurrent.futures.Future] = []
+        self._threads = concurrent.futures.ThreadPoolExecutor(3)
         self._file = self._open()
-        self._write(_HEADER)
 
     def _open(self):
         try:
@@ -165,36 +176,53 @@ class SplitWriter:
         self, *, input_ids_0: np.ndarray, label, input_ids_1: np.ndarray | None = None
     ) -> None:
         """One example: int32 arrays of the padded length; label np.int64, np.int32 or int."""
-        self.add_encoded(encode_example(input_ids_0, label, input_ids_1))
+        self._add(_example(input_ids_0, label, input_ids_1))
 
     def add_encoded(self, example: bytes) -> None:
         """One example that `encode_example` made."""
-        if self.count % BATCH == 0:
-            example = (b"e(" if self.count else b"(") + example
-        self._write(example)
-        self.count += 1
+        self._add((example,))
 
-    def _write(self, data: bytes) -> None:
-        self._hash.update(data)
-        self._file.write(data)
-        self._unsynced += len(data)
-        if self._unsynced >= SYNC and (self._syncing is None or self._syncing.done()):
-            self._wait_for_sync()
-            self._file.flush()
-            self._syncing = self._thread.submit(os.fsync, self._file.fileno())
+    def _add(self, parts: tuple) -> None:
+        write = self._blocks[0].write
+        if self.count % BATCH == 0:
+            write(b"e(" if self.count else b"(")
+        for part in parts:
+            write(part)
+        self.count += 1
+        if self._blocks[0].tell() >= BLOCK:
+            self._write()
+
+    def _write(self) -> None:
+        """Hands the block to the threads; waits for the one before."""
+        self._wait(*self._writing)
+        self._view.release()
+        block = self._blocks[0]
+        with block.getbuffer() as whole:
+            self._view = whole[: block.tell()]
+        self._unsynced += len(self._view)
+        self._writing = [
+            self._threads.submit(self._hash.update, self._view),
+            self._threads.submit(self._file.write, self._view),
+        ]
+        self._blocks.reverse()
+        self._blocks[0].seek(0)
+        if self._unsynced >= SYNC and all(work.done() for work in self._syncing):
+            self._wait(*self._syncing)
+            self._syncing = [self._threads.submit(os.fsync, self._file.fileno())]
             self._unsynced = 0
 
-    def _wait_for_sync(self) -> None:
-        if self._syncing is not None:
-            self._syncing.result()  # raises what the disk refused: it is reported only once
+    def _wait(self, *works: concurrent.futures.Future) -> None:
+        for work in works:
+            work.result()  # raises what the disk refused: the system reports that only once
 
     def finish(self) -> None:
         """Everything on disk, still under the temporary name."""
         if self.count == 0:
             raise ValueError(f"{self.path}: there is no example to write")
-        self._write(b"e.")
-        self._wait_for_sync()
-        self._thread.shutdown()
+        self._blocks[0].write(b"e.")
+        self._write()
+        self._wait(*self._writing, *self._syncing)
+        self._threads.shutdown()
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -217,7 +245,8 @@ class SplitWriter:
         """Nothing remains."""
         with contextlib.suppress(OSError):
             os.unlink(self._part)  # first: a close that fails (full disk) must not keep it
-        self._thread.shutdown()  # before its file number belongs to another file
+        # before its file number belongs to another file
+        self._threads.shutdown(cancel_futures=True)
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -416,6 +445,7 @@ def main(function: Callable[[], None]) -> int:
     """Runs a script's body; its exit code: 0; 2 or, if a worker died, 1 (one sentence on
     stderr); 130 or 143 (a signal)."""
     signal.signal(signal.SIGTERM, _raise_terminated)
+    sys.setswitchinterval(1e-4)  # seconds: threads that write or wait for workers get their turn
     try:
         function()
     except KeyboardInterrupt:

@@ -38,9 +38,24 @@ SAT_INLINE ivec lane_numbers() {
     return lanes;
 }
 
-// keep[i]: all ones where element 32 * block + W * i + lane is kept (threshold 0: everywhere).
-SAT_INLINE void keep_block(const ExampleKey& key, int64_t block, uint32_t threshold, ivec* keep) {
-    const ivec limit = ivec{} + static_cast<int32_t>(threshold);
+// Which lanes of a vector are kept: bits where the hardware has registers for them, else all ones or zeros a lane.
+#if defined(__AVX512F__) && SAT_WIDTH == 16
+typedef __mmask16 Keep;
+SAT_INLINE Keep at_least(uvec x, uvec limit) {
+    return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(limit));
+}
+SAT_INLINE vec scale_kept(Keep keep, vec x, vec scale) { return _mm512_maskz_mul_ps(keep, x, scale); }
+#else
+typedef ivec Keep;
+SAT_INLINE Keep at_least(uvec x, uvec limit) { return reinterpret_cast<ivec>(x) >= reinterpret_cast<ivec>(limit); }
+SAT_INLINE vec scale_kept(Keep keep, vec x, vec scale) {
+    return reinterpret_cast<vec>(reinterpret_cast<ivec>(x * scale) & keep);
+}
+#endif
+
+// keep[i]: whether elements 32 * block + W * i + lane are kept (threshold 0: all).
+SAT_INLINE void keep_block(const ExampleKey& key, int64_t block, uint32_t threshold, Keep* keep) {
+    const uvec limit = uvec{} + threshold;
     for (int i = 0; i < PARTS / 2; ++i) {
         const uint32_t first = static_cast<uint32_t>(block * 16 + i * W) + key.low;
         uvec x = reinterpret_cast<uvec>(lane_numbers()) + first;
@@ -48,12 +63,10 @@ SAT_INLINE void keep_block(const ExampleKey& key, int64_t block, uint32_t thresh
         x ^= key.high;
         x = (x ^ (x >> 15)) * 0x846CA68Bu;
         x ^= x >> 16;
-        keep[i] = reinterpret_cast<ivec>(x & 0xFFFFu) >= limit;
-        keep[i + PARTS / 2] = reinterpret_cast<ivec>(x >> 16) >= limit;
+        keep[i] = at_least(x & 0xFFFFu, limit);
+        keep[i + PARTS / 2] = at_least(x >> 16, limit);
     }
 }
-
-SAT_INLINE vec only(ivec keep, vec x) { return reinterpret_cast<vec>(reinterpret_cast<ivec>(x) & keep); }
 
 // ---- one row of E features ----------------------------------------------------------------------
 
@@ -168,12 +181,12 @@ static void add_norm(const SatNorm& a, const X* x, const Branch* branch, X* y, N
         for (int64_t row = piece * SAT_PIECE; row < end; ++row, at_row.next()) {
 #pragma GCC unroll 4
             for (int64_t block = 0; block < blocks; ++block) {
-                ivec keep[PARTS];
+                Keep keep[PARTS];
                 keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
 #pragma GCC unroll 8
                 for (int i = 0; i < PARTS; ++i) {
                     const int64_t at = block * MASK_BLOCK + i * W;
-                    const vec b = only(keep[i], load(branch + row * E + at) * scale);
+                    const vec b = scale_kept(keep[i], load(branch + row * E + at), scale);
                     store(y + row * E + at, load(x + row * E + at) + b);
                     store(buffer + at, load(y + row * E + at));    // as rounded: what the backward pass will see
                 }
@@ -202,14 +215,14 @@ static void add_norm_backward(const SatNorm& a, const X* y, const float* stats, 
                                      dweight, dweight + E, buffer);
 #pragma GCC unroll 4
             for (int64_t block = 0; block < blocks; ++block) {
-                ivec keep[PARTS];
+                Keep keep[PARTS];
                 keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
 #pragma GCC unroll 8
                 for (int i = 0; i < PARTS; ++i) {
                     const int64_t at = block * MASK_BLOCK + i * W;
                     const vec d = load(buffer + at);
                     store(dx + start + at, d);
-                    store(dbranch + start + at, only(keep[i], d * scale));
+                    store(dbranch + start + at, scale_kept(keep[i], d, scale));
                 }
             }
         }
@@ -234,13 +247,13 @@ static void embed_norm(const SatNorm& a, const int64_t* ids, const X* words, con
             const X* position = positions + at_row.token * E;
 #pragma GCC unroll 4
             for (int64_t block = 0; block < blocks; ++block) {
-                ivec keep[PARTS];
+                Keep keep[PARTS];
                 keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
 #pragma GCC unroll 8
                 for (int i = 0; i < PARTS; ++i) {
                     const int64_t at = block * MASK_BLOCK + i * W;
                     const vec sum = load(word + at) + load(position + at);
-                    store(x + row * E + at, only(keep[i], sum * scale));
+                    store(x + row * E + at, scale_kept(keep[i], sum, scale));
                     store(buffer + at, load(x + row * E + at));
                 }
             }
@@ -268,12 +281,12 @@ static void embed_norm_backward(const SatNorm& a, const X* x, const float* stats
                                      dweight, dweight + E, dsum + start);
 #pragma GCC unroll 4
             for (int64_t block = 0; block < blocks; ++block) {
-                ivec keep[PARTS];
+                Keep keep[PARTS];
                 keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
 #pragma GCC unroll 8
                 for (int i = 0; i < PARTS; ++i) {
                     float* d = dsum + start + block * MASK_BLOCK + i * W;
-                    store(d, only(keep[i], load(d) * scale));
+                    store(d, scale_kept(keep[i], load(d), scale));
                 }
             }
         }
@@ -351,38 +364,69 @@ static int tables_backward(const SatNorm& a, const int64_t* ids, const float* ds
 
 // ---- dropout(gelu(x)) ---------------------------------------------------------------------------
 
+// 1 / x for x >= 1 to ROUNDS == 0: 6e-5, 1: an fp32 rounding or two. (A division occupies the CPU for ten others.)
+template <int ROUNDS>
+SAT_INLINE vec reciprocal(vec x) {
+#if defined(__AVX512F__) && SAT_WIDTH == 16
+    const vec guess = _mm512_rcp14_ps(x);
+    return ROUNDS ? guess * (2.0f - x * guess) : guess;
+#else
+    return 1.0f / x;
+#endif
+}
+
 // What gelu and its slope are made of, at a = min(|x|, 12.9): density = exp(-a*a/2), tail = Phi(-a).
 //
-// Phi(-a) = exp(-a*a/2) t P(t), t = 1 / (1 + 0.305 a), P fitted for a relative error of 9e-8 on 0 <= a <= 13 (minimax
-// by reweighted least squares). Taking the tail itself, and not 1 + erf, which cancels for negative x, keeps the
-// relative error of gelu at a few units in the last place, plus a*a/4 for the rounding of a*a; and the backward pass
-// has the density for nothing.
+// Phi(-a) = exp(-a*a/2) t P(t), t = 1 / (1 + q a), P fitted for the relative error on 0 <= a <= 13 (minimax by
+// reweighted least squares). Taking the tail itself, and not 1 + erf, which cancels for negative x, keeps the relative
+// error of gelu small everywhere; and the backward pass has the density for nothing.
 struct Normal {
     vec a, density, tail;
 };
 
+// T float: P and exp to 9e-8, so that gelu is right to a few units in the last place, plus a*a/4 for the rounding of
+// a*a. T bf16, for values that are rounded to 2e-3 before and after: to 2e-4 in all.
+template <class T>
 SAT_INLINE Normal normal_tail(vec x) {
+    const bool fine = sizeof(T) == 4;
     // Phi(-12.9) = 2e-38 is the last normal number. The order of min's arguments keeps NaN.
     const vec a = min(splat(12.9f), reinterpret_cast<vec>(reinterpret_cast<ivec>(x) & 0x7fffffff));
-    const vec t = 1.0f / (1.0f + 0.30500001f * a);
-    vec p = splat(0.0366991758f);
-    p = p * t - 0.152988225f;
-    p = p * t + 0.185716718f;
-    p = p * t - 0.0379766375f;
-    p = p * t + 0.121021561f;
-    p = p * t + 0.103420906f;
-    p = p * t + 0.12246681f;
-    p = p * t + 0.121639736f;
+    const vec t = reciprocal<fine>(1.0f + (fine ? 0.30500001f : 0.25f) * a);
+    vec p;
+    if (fine) {
+        p = splat(0.0366991758f);
+        p = p * t - 0.152988225f;
+        p = p * t + 0.185716718f;
+        p = p * t - 0.0379766375f;
+        p = p * t + 0.121021561f;
+        p = p * t + 0.103420906f;
+        p = p * t + 0.12246681f;
+        p = p * t + 0.121639736f;
+    } else {
+        p = splat(0.241996844f);
+        p = p * t - 0.104848691f;
+        p = p * t + 0.181230704f;
+        p = p * t + 0.0802168723f;
+        p = p * t + 0.101386724f;
+    }
     // exp(-a*a/2) = 2^(n + f), n the nearest integer: adding 1.5 * 2^23 leaves it in the low bits.
     const vec square = a * a, magic = splat(12582912.0f);
     const vec shifted = square * -0.72134752f + magic;
     const vec f = square * -0.72134752f - (shifted - magic);    // fused: exact before it is rounded
-    vec e = splat(1.3276472e-3f);
-    e = e * f + 9.675541e-3f;
-    e = e * f + 5.5507131e-2f;
-    e = e * f + 0.24022120f;
-    e = e * f + 0.69314694f;
-    e = e * f + 1.0000001f;
+    vec e;
+    if (fine) {
+        e = splat(1.3276472e-3f);
+        e = e * f + 9.675541e-3f;
+        e = e * f + 5.5507131e-2f;
+        e = e * f + 0.24022120f;
+        e = e * f + 0.69314694f;
+        e = e * f + 1.0000001f;
+    } else {
+        e = splat(0.0551716847f);
+        e = e * f + 0.242611161f;
+        e = e * f + 0.693260986f;
+        e = e * f + 0.999928071f;
+    }
     e = reinterpret_cast<vec>(reinterpret_cast<ivec>(e) + (reinterpret_cast<ivec>(shifted) << 23));
     return {a, e, e * (t * p)};
 }
@@ -401,15 +445,15 @@ SAT_INLINE vec gelu_slope(vec x, const Normal& n) {
 // BACKWARD: out = dropout's factor * grad * gelu'(x); else out = dropout(gelu(x)).
 template <bool BACKWARD, class T>
 SAT_INLINE void gelu_block(const SatGelu& a, const T* x, const T* grad, T* out, ExampleKey key, int64_t block) {
-    ivec keep[PARTS];
+    Keep keep[PARTS];
     keep_block(key, block, a.threshold, keep);
     const vec scale = splat(a.scale);
 #pragma GCC unroll 8
     for (int i = 0; i < PARTS; ++i) {
         const vec v = load(x + i * W);
-        const Normal n = normal_tail(v);
+        const Normal n = normal_tail<T>(v);
         const vec y = BACKWARD ? gelu_slope(v, n) * load(grad + i * W) : gelu(v, n);
-        store(out + i * W, only(keep[i], y * scale));
+        store(out + i * W, scale_kept(keep[i], y, scale));
     }
 }
 

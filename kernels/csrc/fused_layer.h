@@ -157,27 +157,51 @@ SAT_INLINE void add_gradient(int64_t out, int64_t in, int64_t rows, const bf16* 
 }
 #endif
 
-SAT_INLINE void put(float* at, float low, float) { *at = low; }
-SAT_INLINE void put(Pair* at, float low, float high) { *at = {to_bf16(low), to_bf16(high)}; }
+// The elements that W outputs share, as a vector: of one output from W * NUM inputs, of W outputs from NUM inputs each.
+SAT_INLINE vec across(const float* weight, const float*) { return load(weight); }
+SAT_INLINE vec along(const float* weight, int64_t, const float*) { return load(weight); }
+
+#if defined(__AVX512BF16__) && SAT_WIDTH == 16
+SAT_INLINE vec across(const float* weight, const Pair*) {
+    return reinterpret_cast<vec>(_mm512_cvtne2ps_pbh(load(weight + W), load(weight)));
+}
+SAT_INLINE vec along(const float* weight, int64_t row, const Pair*) {
+    bf16 rows[2 * W];
+    store(rows, load(weight));
+    store(rows + W, load(weight + row));
+    Pair pairs[W];
+    pair_rows(2, W, rows, W, pairs);
+    return load(reinterpret_cast<const float*>(pairs));
+}
+#endif
 
 template <class T>
 static PackedWeight<T> pack(const float* weight, int64_t out, int64_t in, typename Packing<T>::Element*& space) {
+    const int64_t NUM = Packing<T>::NUM;
     const PackedWeight<T> packed{out, in, space};
-    for (int64_t panel = 0; panel < out; panel += PANEL)
-        for (int64_t k = 0; k < in; k += Packing<T>::NUM)
-            for (const float *w = weight + panel * in + k, *end = w + PANEL * in; w < end; w += in)
-                put(space++, w[0], w[Packing<T>::NUM - 1]);
+    for (int64_t j = 0; j < out; j += W) {
+        float* panel = reinterpret_cast<float*>(space + j / PANEL * (in / NUM) * PANEL + j % PANEL);
+        for (int64_t k = 0; k < in; k += W * NUM) {
+            vec x[W];
+            for (int r = 0; r < W; ++r) x[r] = across(weight + (j + r) * in + k, space);
+            transpose(x);
+            for (int c = 0; c < W; ++c) store(panel + (k / NUM + c) * PANEL, x[c]);
+        }
+    }
+    space += out * in / NUM;
     return packed;
 }
 
 template <class T>
 static PackedWeight<T> pack_transposed(const float* weight, int64_t out, int64_t in,
                                        typename Packing<T>::Element*& space) {
+    const int64_t NUM = Packing<T>::NUM;
     const PackedWeight<T> packed{out, in, space};
-    for (int64_t panel = 0; panel < in; panel += PANEL)
-        for (int64_t k = 0; k < out; k += Packing<T>::NUM)
-            for (const float *w = weight + k * in + panel, *end = w + PANEL; w < end; ++w)
-                put(space++, w[0], w[(Packing<T>::NUM - 1) * in]);
+    for (int64_t j = 0; j < in; j += W) {
+        float* panel = reinterpret_cast<float*>(space + j / PANEL * (out / NUM) * PANEL + j % PANEL);
+        for (int64_t k = 0; k < out; k += NUM) store(panel + k / NUM * PANEL, along(weight + k * in + j, in, space));
+    }
+    space += out * in / NUM;
     return packed;
 }
 
@@ -215,14 +239,22 @@ template <class In, class Out>
 SAT_INLINE void drop_row(const SatLayer& a, const Position& at, int64_t width, In in, Out out) {
     const vec scale = splat(a.scale);
     for (int64_t block = 0; block < width / MASK_BLOCK; ++block) {
-        ivec keep[PARTS];
+        Keep keep[PARTS];
         keep_block(at.key, at.token * (width / MASK_BLOCK) + block, a.threshold, keep);
 #pragma GCC unroll 8
         for (int i = 0; i < PARTS; ++i) {
             const int64_t j = block * MASK_BLOCK + i * W;
-            out(j, only(keep[i], in(j) * scale));
+            out(j, scale_kept(keep[i], in(j), scale));
         }
     }
+}
+
+// Asks for a row that is needed soon; where rows lie beyond the L2 cache, a tile's first use of each costs more than
+// its arithmetic.
+template <class T>
+SAT_INLINE void fetch(const T* row, int64_t width) {
+    for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
 }
 
 template <class T>
@@ -329,6 +361,7 @@ static int layer_forward(const SatLayer& a, const float* x, const T* attended, f
                          [&](int64_t j, vec v) { store(to + j, load(from + j) + v); });
                 row_statistics<FIXED>(to, E, a.eps, s);
                 normalise_row<FIXED>(to, E, s, a.norm_weight, a.norm_bias, norm + r * e);
+                fetch(h + (first + r) * F, F);
             }
 
             expand.apply(count, norm, e, a.expand_bias, wide, f);
@@ -336,11 +369,18 @@ static int layer_forward(const SatLayer& a, const float* x, const T* attended, f
             for (int64_t r = 0; r < count; ++r, at.next()) {
                 const float* from = wide + r * f;
                 T *g = hidden + r * f, *to = h + (first + r) * F;
+                fetch(z + (first + r) * E, E);
+                fetch(normed + (first + r) * E, E);
+                if (first + r + TILE < rows) {
+                    fetch(attended + (first + r + TILE) * K, K);
+                    fetch(x + (first + r + TILE) * E, E);
+                    fetch(y + (first + r + TILE) * E, E);
+                }
                 drop_row(a, at, F,
                          [&](int64_t j) {
                              const vec v = load(from + j);
                              store(to + j, v);
-                             return gelu(v, normal_tail(v));
+                             return gelu(v, normal_tail<T>(v));
                          },
                          [&](int64_t j, vec v) { store(g + j, v); });
             }
@@ -405,6 +445,7 @@ static int layer_backward(const SatLayer& a, const T* attended, const float* y, 
                     const int64_t row = (first + r) * E;
                     float* s = stream + r * e;
                     T* b = branch + r * e;
+                    fetch(h + (first + r) * F, F);
                     norm_backward_row<FIXED>(z + row, dz ? dz + row : dz, dnormed + row, E, stats + 4 * (first + r) + 2,
                                              a.next_weight, d.next_weight, d.next_bias, s);
                     drop_row(a, at, E, [&](int64_t j) { return load(s + j); },
@@ -420,17 +461,26 @@ static int layer_backward(const SatLayer& a, const T* attended, const float* y, 
                     const T* hidden = h + (first + r) * F;
                     const float* from = dwide + r * f;
                     T *value = g + r * f, *grad = dg + r * f;
+                    fetch(y + (first + r) * E, E);
+                    fetch(dx + (first + r) * E, E);
+                    fetch(attended + (first + r) * K, K);
+                    fetch(dattended + (first + r) * K, K);
+                    if (first + r + TILE < end) {
+                        fetch(z + (first + r + TILE) * E, E);
+                        fetch(dnormed + (first + r + TILE) * E, E);
+                        if (dz) fetch(dz + (first + r + TILE) * E, E);
+                    }
                     const vec scale = splat(a.scale);
                     for (int64_t block = 0; block < F / MASK_BLOCK; ++block) {
-                        ivec keep[PARTS];
+                        Keep keep[PARTS];
                         keep_block(at.key, at.token * (F / MASK_BLOCK) + block, a.threshold, keep);
 #pragma GCC unroll 8
                         for (int i = 0; i < PARTS; ++i) {
                             const int64_t j = block * MASK_BLOCK + i * W;
                             const vec v = load(hidden + j);
-                            const Normal n = normal_tail(v);
-                            store(value + j, only(keep[i], gelu(v, n) * scale));
-                            const vec dv = only(keep[i], load(from + j) * gelu_slope(v, n) * scale);
+                            const Normal n = normal_tail<T>(v);
+                            store(value + j, scale_kept(keep[i], gelu(v, n), scale));
+                            const vec dv = scale_kept(keep[i], load(from + j) * gelu_slope(v, n), scale);
                             store(grad + j, dv);
                             add_into(d.expand_bias, j, dv);
                         }
@@ -543,8 +593,13 @@ static int project_backward(const SatProjections& a, const T* x, const T* const 
                     add_gradient(K, E, n, grad, K, x + from * E, E, dweight, pairs);
                     for (int64_t r = 0; r < n; ++r) add_into(dweight + K * E, grad + r * K, K);
                 }
-                for (int64_t r = 0; r < n; ++r)
+                for (int64_t r = 0; r < n; ++r) {
                     for (int64_t i = 0; i < E; i += W) store(dx + (from + r) * E + i, load(sum + r * e + i));
+                    if (from + r + n >= end) continue;
+                    fetch(x + (from + r + n) * E, E);
+                    fetch(dx + (from + r + n) * E, E);
+                    for (int i = 0; i < 3; ++i) fetch(dout[i] + (from + r + n) * K, K);
+                }
             });
         }
     }

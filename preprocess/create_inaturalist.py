@@ -112,6 +112,8 @@ def read_tfds(folder: Path, router: routing.Router) -> Iterator[Picture]:
 
 def read_source(source: Path, seed: int, skips: writer.Skips) -> Iterator[Picture]:
     """Pictures of a folder in one of the three layouts above; raises ValueError for any other."""
+    if not source.exists():
+        raise ValueError(f"{source} does not exist; expected a folder with the pictures")
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder; unpack train_val2018.tar.gz first")
     annotations = {"train": source / "train2018.json", "test": source / "val2018.json"}

@@ -26,7 +26,7 @@ import numpy as np
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preprocess import sources, writer
+from preprocess import routing, sources, writer
 
 TASK = "lra-listops"
 OPERATORS = ("MIN", "MAX", "MED", "SM")
@@ -225,6 +225,7 @@ def generate(arguments, form: Form) -> None:
     barren = 0
     with (
         writer.open_splits(arguments.output_dir, TASK, SPLITS) as splits,
+        routing.measured(splits),
         writer.progress(sum(counts.values()), TASK) as bar,
     ):
         waiting = [split for split in counts if counts[split] > 0]
@@ -378,6 +379,7 @@ def convert(arguments, form: Form) -> None:
     encode = functools.partial(encode_rows, form=form)
     with (
         writer.open_splits(arguments.output_dir, TASK, SPLITS) as splits,
+        routing.measured(splits),
         writer.progress(None, TASK) as bar,
     ):
         for split, name, file in sources.split_files(arguments.source, FOLDER, FILES):

@@ -33,6 +33,7 @@ from preprocess import routing, sources, writer
 LEVELS = tuple(generator.LEVELS)
 PIXELS = generator.SIDE**2
 RELEASE = Path("data/lra_release")
+ARCHIVE = Path("data/lra_release.gz")
 FOLDERS = ("", "pathfinder32", "lra_release/pathfinder32", "lra_release/lra_release/pathfinder32")
 NUM_COLUMNS = 11
 # Any file of a level below its folder. The release has other sizes too, in folders of their own
@@ -383,7 +384,7 @@ def main() -> None:
         "--source",
         type=Path,
         help="the LRA release's folder, its pathfinder32, one level's folder, or the archive "
-        f"(default: {RELEASE})",
+        f"(default: {RELEASE}, else {ARCHIVE})",
     )
     parser.add_argument(
         "--level",
@@ -434,7 +435,7 @@ def main() -> None:
                     args.output_dir, level, pool.pixels(), order, labels, args.seed, args.limit
                 )
         return
-    source = args.source or RELEASE
+    source = args.source or (ARCHIVE if ARCHIVE.exists() and not RELEASE.exists() else RELEASE)
     skips = writer.Skips(args.on_error)
     found = read_release(source, args.level, args.output_dir, skips, args.workers)
     for level, release in found.items():

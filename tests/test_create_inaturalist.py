@@ -263,7 +263,8 @@ def test_annotations_that_do_not_fit_stop_or_are_skipped(tmp_path, capsys, kind)
 
 
 BAD_SOURCES = {
-    "missing": ({}, "is not a folder"),
+    "missing": ({}, "does not exist"),
+    "archive": ({"in": b"\x1f\x8b"}, "is not a folder; unpack train_val2018.tar.gz first"),
     "nothing": ({"in/readme": b""}, "has no supercategory folders"),
     "unknown": ({"in/Dragons/x/1.jpg": TRAIN[FIRST]}, "the folder Dragons, which is none of"),
     "one json": ({"in/train2018.json": b"{}"}, "has train2018.json but no val2018.json"),

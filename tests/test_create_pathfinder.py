@@ -125,6 +125,18 @@ def test_folder_task_level_and_archive_give_the_same_bytes(tmp_path):
     assert len(outputs[0]) == 3, "no temporary file is left"
 
 
+@pytest.mark.parametrize("place", ["lra_release", "lra_release.gz"])
+def test_what_download_leaves_is_found(tmp_path, monkeypatch, place):
+    files = {f"lra_release/{name}": data for name, data in _release().items()}
+    if place == "lra_release":
+        preparing.lay_out(tmp_path / "data/lra_release", files)
+    else:
+        preparing.lay_out(tmp_path, {"data/lra_release.gz": preparing.tar(files)})
+    monkeypatch.chdir(tmp_path)
+    assert preparing.run(create_pathfinder.main) == 0
+    assert len(_bytes(tmp_path / "data/lra_processed")) == 3
+
+
 def test_the_seed_decides_the_split(tmp_path):
     preparing.lay_out(tmp_path, _release())
     found = []

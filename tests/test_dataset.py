@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -473,6 +475,91 @@ def test_a_hung_writer_that_wakes_up_does_no_harm(path, monkeypatch):
     child.result()
     check(data, rows(1000))
     check(dataset.open_dataset(path, **TASK, notify=Notices()), rows(1000))
+
+
+# ---- full size ----------------------------------------------------------------------------------
+
+YELP = {"vocab_size": 512, "length": 1024, "num_classes": 2, "num_inputs": 1}
+START = f"""
+import json, sys, time
+sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
+import numpy as np, torch
+from training import dataset
+
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024
+
+def mapped():  # MiB of the ids in memory, and what of it other processes map too
+    sizes, ours = {{}}, False
+    for line in open("/proc/self/smaps"):
+        if "-" in line.split()[0]:
+            ours = "input_ids_0" in line
+        elif ours and line.endswith("kB\\n"):
+            sizes[line.split(":")[0]] = int(line.split()[1]) / 1024
+    return sizes["Rss"], sizes["Shared_Clean"] + sizes["Shared_Dirty"]
+
+before = anonymous()
+began = time.perf_counter()
+data = dataset.open_dataset(sys.argv[1], **{YELP!r}, expected_size=560_000)
+seconds = time.perf_counter() - began
+ids, _, labels = data.batch(np.arange(3))
+checked = bool((ids[:, 0] == torch.arange(3)).all()) and labels.tolist() == [0, 1, 0]
+for step in range(200):
+    data.batch(dataset.training_indices(data.size, 0, 32 * step, 32))
+result = dict(seconds=seconds, private=anonymous() - before, size=data.size, checked=checked)
+print(json.dumps(result), flush=True)
+sys.stdin.readline()
+print(json.dumps(mapped()), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="looks at /proc")
+def test_full_size(tmp_path):
+    """lra-yelp1: a second start in under 2 s and 300 MiB; two processes share the pages."""
+    if shutil.disk_usage(tmp_path).free < 5 << 30:
+        pytest.skip("needs 5 GB of disk")
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-c", START, tmp_path / "lra-yelp1.train.pickle"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def answer(process):
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    try:
+        ids = np.random.default_rng(0).integers(33, 128, (1000, 1024)).astype(np.int32)
+        with writer.SplitWriter(tmp_path, "lra-yelp1", "train", notify=Notices()) as out:
+            for i in range(560_000):
+                ids[i % 1000, :1] = i % 400
+                out.add(input_ids_0=ids[i % 1000], label=np.int64(i % 2))
+        first = start()
+        assert "converting once" in first.stdout.readline()
+        results = [json.loads(first.stdout.readline())]
+        first.communicate("\n\n")
+        both = [start(), start()]
+        results += [json.loads(process.stdout.readline()) for process in both]
+        for result in results:
+            assert result["size"] == 560_000 and result["checked"]
+            assert result["private"] < 300, results
+        assert max(result["seconds"] for result in results[1:]) < 2, results
+        pages = [answer(process) for process in both]
+        for process in both:
+            process.communicate("\n")
+        print(results, pages)
+        for rss, shared in pages:
+            assert rss > 20 and shared > 0.9 * rss, pages
+    finally:
+        shutil.rmtree(tmp_path)  # 3.5 GB; pytest would keep it
 
 
 # ---- order --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from kernels.fused import (
     embedding_dropout_layer_norm,
     gelu_dropout,
     linear,
+    masked_mean,
 )
 from kernels.layout import BlockLayout
 from kernels.statistics import AttentionStatistics, attention_statistics
@@ -27,4 +28,5 @@ __all__ = [
     "embedding_dropout_layer_norm",
     "gelu_dropout",
     "linear",
+    "masked_mean",
 ]

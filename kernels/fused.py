@@ -198,6 +198,15 @@ class _Gelu(ctypes.Structure):
     ]
 
 
+class _Mean(ctypes.Structure):
+    _fields_ = [
+        *((size, ctypes.c_int64) for size in ("examples", "length", "features")),
+        ("type", ctypes.c_int),
+        ("mask", ctypes.c_void_p),
+        ("threads", ctypes.c_int),
+    ]
+
+
 _PARAMETERS = ("output", "norm", "expand", "contract", "next_norm")  # of a layer, weight and bias
 
 
@@ -239,6 +248,8 @@ def _library() -> ctypes.CDLL:
     library.sat_embed_norm.argtypes = embed + [pointer] * 5
     library.sat_embed_norm_backward.argtypes = embed + [pointer] * 9
     library.sat_gelu.argtypes = [pointer] * 4
+    library.sat_mean.argtypes = [pointer] * 3
+    library.sat_mean_backward.argtypes = [pointer] * 3
     library.sat_layer_forward.argtypes = [pointer] * 8
     library.sat_layer_backward.argtypes = [pointer] * 12
     library.sat_project.argtypes = [pointer] * 5
@@ -396,6 +407,30 @@ def _gelu_call(x: Tensor, grad: Tensor | None, drop) -> Tensor:
         call = _Gelu(x.shape[0], size, _TYPE[x.dtype], *drop, torch.get_num_threads())
         _call("sat_gelu", ctypes.byref(call), x.data_ptr(), _pointer(grad), out.data_ptr())
     return out
+
+
+class _MaskedMean(torch.autograd.Function):
+    """masked_mean; keeps the mask."""
+
+    @staticmethod
+    def forward(ctx, x, mask):
+        x, ctx.mask, ctx.dtype = x.contiguous(), mask.contiguous(), x.dtype
+        out = torch.empty(x.shape[0], x.shape[2])
+        _mean_call("sat_mean", ctx, out, x, x.shape)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        _refuse_twice()
+        dout = dout.contiguous()
+        dx = torch.empty(*ctx.mask.shape, dout.shape[1], dtype=ctx.dtype)
+        _mean_call("sat_mean_backward", ctx, dx, dout, dx.shape)
+        return dx, None
+
+
+def _mean_call(function: str, ctx, out: Tensor, given: Tensor, shape: torch.Size) -> None:
+    call = _Mean(*shape, _TYPE[ctx.dtype], ctx.mask.data_ptr(), torch.get_num_threads())
+    _call(function, ctypes.byref(call), given.data_ptr(), out.data_ptr())
 
 
 class _LayerRest(torch.autograd.Function):
@@ -636,6 +671,23 @@ def gelu_dropout(
     if _use_cpu(backend, x, x.dtype in _TYPE):
         return _GeluDropout.apply(x, _drop(p, key, site))
     return _dropout(F.gelu(_wide(x)), p, key, site).to(x.dtype)
+
+
+def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
+    """Mean over the tokens of each example; those with mask False count as zero.
+
+    x: [B, N, E]; mask: bool [B, N]. Returns [B, E] fp32 (fp64 for fp64).
+    """
+    if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"mask must be bool {list(x.shape[:2])}, not {mask.dtype} {list(mask.shape)}"
+        )
+    if _use_cpu(backend, x, x.dtype in _TYPE and _compiled_widths(x.shape[-1])):
+        return _MaskedMean.apply(x, mask)
+    with torch.autocast(x.device.type, enabled=False):
+        # as a product: one pass over x, forward and backward
+        weights = mask.unsqueeze(1).to(_wide(x).dtype)
+        return (weights @ _wide(x)).squeeze(1) / x.shape[1]
 
 
 def attention_projections(

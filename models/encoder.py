@@ -125,10 +125,5 @@ class Encoder(nn.Module):
         if config.pooling_mode == "CLS":
             pooled = normed[:, 0] * token_mask[:, :1]
         else:
-            # the masked mean as a product: one pass over `normed`, forward and backward
-            with torch.autocast(normed.device.type, enabled=False):
-                weights = token_mask.unsqueeze(1).to(
-                    torch.promote_types(normed.dtype, torch.float32)
-                )
-                pooled = (weights @ normed.to(weights.dtype)).squeeze(1) / normed.shape[1]
+            pooled = kernels.masked_mean(normed, token_mask, backend=self.backend)
         return pooled, collected or None

@@ -15,6 +15,7 @@ from kernels.fused import (
     gelu_dropout,
     keep_mask,
     linear,
+    masked_mean,
 )
 
 SHAPE = torch.Size([8, 64, 64])
@@ -410,6 +411,27 @@ def test_missing_gradients_count_as_zero():
         ours("add", t, 0.1, "reference")[index].square().sum().backward()
         for key, value in got.items():
             torch.testing.assert_close(value, t[key].grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 70, 64), (1, 1, 96), (2, 1024, 32)], ids=str)
+def test_masked_mean_against_float64(shape, dtype, isa):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    mask = torch.rand(shape[:2], generator=generator) < 0.7
+    seed = torch.randn(shape[0], shape[2], generator=generator)
+    out = masked_mean(x, mask, backend="cpu")
+    assert out.dtype == torch.float32 and out.grad_fn.name() == "_MaskedMeanBackward"
+    exact = (x.double() * mask[..., None]).sum(1) / shape[1]
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+    (dx,) = torch.autograd.grad(out, x, seed)
+    assert dx.dtype == dtype
+    want = seed.double()[:, None] * mask[..., None] / shape[1]
+    torch.testing.assert_close(dx.double(), want, rtol=torch.finfo(dtype).eps, atol=0)
+    plain = masked_mean(x, mask, backend="reference")
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="mask must be bool"):
+        masked_mean(x, mask.long())
 
 
 @needs_library

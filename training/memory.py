@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 
@@ -9,9 +10,10 @@ import torch
 
 from models.config import ModelConfig
 
-# On a CPU the activations of one micro-batch should stay in the last cache level: 16 sequences of
-# 1,024 tokens were the best of 4 to 64 on two cores with 32 MiB (docs/benchmarks.md)
-CPU_TOKENS = 16384
+# On a CPU a micro-batch costs 2 to 3 ms beside its products, and one that leaves the caches costs
+# bandwidth: 32 sequences of 1,024 tokens were the best of 8 to 64, dense and sparse, fp32 and
+# bf16, on two cores with 32 MiB (docs/benchmarks.md)
+CPU_TOKENS = 32768
 # share of the free GPU memory that activations may take
 GPU_SHARE = 0.6
 
@@ -42,6 +44,18 @@ def auto_micro_batch(
         fits = CPU_TOKENS // (model.padded_length * model.num_inputs)
     fits = max(1, min(fits, -(-batch_size // processes)))
     return 1 << (fits.bit_length() - 1)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc's allocator keep what is freed; nothing elsewhere.
+
+    By default it gives large tensors back to the system after each micro-batch, which then faults
+    every page in again: a fifth of a sparse bf16 step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0)  # M_MMAP_MAX: no tensor in a mapping of its own
 
 
 def criterion_bytes(model: ModelConfig, groups: int) -> int:

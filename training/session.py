@@ -109,6 +109,7 @@ def train_run(
     notices = said + notices
     stored = (state.training or {}).get("resolved", {}) if state is not None else {}
     device = resolve_device(args.device, launch)
+    memory.keep_freed_memory()
     precision = _taken_over(
         args.precision, "auto", stored, "precision", lambda: resolve_precision("auto", device)
     )
@@ -448,6 +449,7 @@ def evaluate_run(
     state, notes = _with_attention(state, attention, paths, args)
     notices += notes
     device = resolve_device(args.device, launch)
+    memory.keep_freed_memory()
     precision = resolve_precision(args.precision, device)
     backend = resolve_backend(args.backend, device)
     model = model_of(state, config, backend, device, paths.model)

@@ -48,6 +48,12 @@ SAT_EXPORT int sat_gelu(const SatGelu* a, const void* x, const void* grad, void*
     return kernels().gelu(*a, x, grad, out);
 }
 
+SAT_EXPORT int sat_mean(const SatMean* a, const void* x, float* out) { return kernels().mean(*a, x, out); }
+
+SAT_EXPORT int sat_mean_backward(const SatMean* a, const float* dout, void* dx) {
+    return kernels().mean_backward(*a, dout, dx);
+}
+
 // Whether the layer and the projections are compiled for products of bf16.
 SAT_EXPORT int sat_layer_has_bfloat() { return kernels().layer[SAT_BFLOAT16].forward != nullptr; }
 

@@ -483,6 +483,38 @@ static void gelu_dropout(const SatGelu& a, const T* x, const T* grad, T* out) {
     }
 }
 
+// ---- mean over tokens ---------------------------------------------------------------------------
+
+template <class T>
+static void mean(const SatMean& a, const T* x, float* out) {
+    const int64_t N = a.length, E = a.features;
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+    for (int64_t example = 0; example < a.examples; ++example) {
+        float* sum = out + example * E;
+        for (int64_t i = 0; i < E; ++i) sum[i] = 0.0f;
+        for (int64_t row = example * N; row < (example + 1) * N; ++row)
+            if (a.mask[row])
+                for (int64_t i = 0; i < E; i += W) store(sum + i, load(sum + i) + load(x + row * E + i));
+        for (int64_t i = 0; i < E; ++i) sum[i] /= static_cast<float>(N);
+    }
+}
+
+template <class T>
+static void mean_backward(const SatMean& a, const float* dout, T* dx) {
+    const int64_t N = a.length, E = a.features;
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+    for (int64_t example = 0; example < a.examples; ++example) {
+        T share[SAT_MAX_FEATURES];
+        for (int64_t i = 0; i < E; i += W) store(share + i, load(dout + example * E + i) / static_cast<float>(N));
+        for (int64_t row = example * N; row < (example + 1) * N; ++row) {
+            if (a.mask[row])
+                memcpy(dx + row * E, share, E * sizeof(T));
+            else
+                memset(dx + row * E, 0, E * sizeof(T));
+        }
+    }
+}
+
 // ---- the table of this instruction set ----------------------------------------------------------
 
 // Types are template arguments; width 64, the one of every task, is compiled as a constant.
@@ -561,6 +593,17 @@ static int gelu_any(const SatGelu& a, const void* x, const void* grad, void* out
     } else {
         return SAT_NOT_SUPPORTED;
     }
+    return SAT_OK;
+}
+
+static int mean_any(const SatMean& a, const void* x, float* out) {
+    a.type == SAT_BFLOAT16 ? mean(a, static_cast<const bf16*>(x), out) : mean(a, static_cast<const float*>(x), out);
+    return SAT_OK;
+}
+
+static int mean_backward_any(const SatMean& a, const float* dout, void* dx) {
+    a.type == SAT_BFLOAT16 ? mean_backward(a, dout, static_cast<bf16*>(dx))
+                           : mean_backward(a, dout, static_cast<float*>(dx));
     return SAT_OK;
 }
 

@@ -38,6 +38,14 @@ struct SatGelu {
     int threads;
 };
 
+// Mean over the tokens of an example, those with mask 0 counting as zero.
+struct SatMean {
+    int64_t examples, length, features;
+    int type;    // SatType of the tokens
+    const uint8_t* mask;
+    int threads;
+};
+
 // Everything between two attentions; `attended`, `hidden`: widths. Three dropout sites.
 struct SatLayer {
     int type;    // SatType
@@ -86,6 +94,8 @@ struct SatFusedKernels {
                                const void* dnormed, float* dsum, float* pieces, float* dparameters,
                                int64_t vocabulary, float* dwords, float* dpositions);
     int (*gelu)(const SatGelu&, const void* x, const void* grad, void* out);
+    int (*mean)(const SatMean&, const void* x, float* out);
+    int (*mean_backward)(const SatMean&, const float* dout, void* dx);
     SatLayerKernels layer[2];    // by SatType; null where this instruction set has no products of bf16
 };
 

@@ -651,7 +651,7 @@ SatFusedKernels fused_kernels() {
     const SatLayerKernels bfloat = {nullptr, nullptr, nullptr, nullptr};
 #endif
     return {add_norm_any, add_norm_backward_any, embed_norm_any,       embed_norm_backward_any,
-            gelu_any,     {layer_kernels<float>(), bfloat}};
+            gelu_any,     mean_any,              mean_backward_any,    {layer_kernels<float>(), bfloat}};
 }
 
 }    // namespace SAT_ISA_NAMESPACE

@@ -309,20 +309,18 @@ def convert_pictures(source: Path, arguments) -> None:
     found, others = list_pictures(source)
     parts = arrange(found, arguments.limit, arguments.seed)
     skips = writer.Skips(arguments.on_error)
+    tasks = [
+        (split, chunk)
+        for split, pictures in parts.items()
+        for chunk in writer.chunks(pictures, CHUNK)
+    ]
+    work = ((source, chunk) for _, chunk in tasks)
     with (
         writer.open_splits(arguments.output_dir, TASK, parts) as writers,
         routing.measured(writers),
+        writer.map_ordered(encode_pictures, work, arguments.workers) as results,
         writer.progress(sum(map(len, parts.values())), TASK) as bar,
     ):
-        # One map for all splits: the pool starts once.
-        tasks = [
-            (split, chunk)
-            for split, pictures in parts.items()
-            for chunk in writer.chunks(pictures, CHUNK)
-        ]
-        results = writer.map_ordered(
-            encode_pictures, ((source, chunk) for _, chunk in tasks), arguments.workers
-        )
         for (split, chunk), examples in zip(tasks, results, strict=True):
             for name, fault, encoded in examples:
                 if fault:

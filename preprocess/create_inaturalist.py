@@ -257,9 +257,10 @@ def write(
     waiting: list[tuple[str, str]] = []
     with (
         routing.open_splits(output_dir, TASK, router) as writers,
+        writer.map_ordered(encode_chunk, work(), workers) as chunks,
         writer.progress(None, TASK, unit="picture") as bar,
     ):
-        for results in writer.map_ordered(encode_chunk, work(), workers):
+        for results in chunks:
             for result, (where, target) in zip(results, waiting, strict=False):
                 if isinstance(result, str):
                     # these data sets are known to have some: never a reason to stop

@@ -226,6 +226,7 @@ def generate(arguments, form: Form) -> None:
     with (
         writer.open_splits(arguments.output_dir, TASK, SPLITS) as splits,
         routing.measured(splits),
+        writer.map_ordered(chunk, itertools.count(), arguments.workers) as results,
         writer.progress(sum(counts.values()), TASK) as bar,
     ):
         waiting = [split for split in counts if counts[split] > 0]
@@ -233,7 +234,7 @@ def generate(arguments, form: Form) -> None:
             split: writer.BalancedLimit(counts[split] if arguments.limit else None, 10)
             for split in waiting
         }
-        for examples in writer.map_ordered(chunk, itertools.count(), arguments.workers):
+        for examples in results:
             before = len(seen)
             for digest, value, encoded in examples:
                 if digest in seen or not limits[waiting[0]].take(value):
@@ -385,16 +386,17 @@ def convert(arguments, form: Form) -> None:
         for split, name, file in sources.split_files(arguments.source, FOLDER, FILES):
             limit = writer.BalancedLimit(arguments.limit, 10)
             chunks = writer.chunks(read_lines(name, file), 200)
-            for results in writer.map_ordered(encode, chunks, arguments.workers):
-                for where, fault, label, encoded, unknown in results:
-                    if fault is not None:
-                        skips.skip(where, fault)
-                    elif limit.take(label):
-                        splits[split].add_encoded(encoded)
-                        totals["unknown"] += unknown
-                bar.update(len(results))
-                if limit.full:
-                    break
+            with writer.map_ordered(encode, chunks, arguments.workers) as results:
+                for rows in results:
+                    for where, fault, label, encoded, unknown in rows:
+                        if fault is not None:
+                            skips.skip(where, fault)
+                        elif limit.take(label):
+                            splits[split].add_encoded(encoded)
+                            totals["unknown"] += unknown
+                    bar.update(len(rows))
+                    if limit.full:
+                        break
     skips.report()
     if totals["unknown"]:
         print(f"{totals['unknown']:,} tokens are not ListOps': id {BRACKET + form.keep_brackets}")

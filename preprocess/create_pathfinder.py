@@ -96,8 +96,11 @@ def read_release(
     found: dict[str, Release] = {}
     pictures = _pictures(source, levels, output_dir, found, skips)
     batches = writer.chunks(pictures, 500)
-    with writer.progress(None, "reading pictures") as bar:
-        for decoded in writer.map_ordered(_decode, batches, workers):
+    with (
+        writer.map_ordered(_decode, batches, workers) as results,
+        writer.progress(None, "reading pictures") as bar,
+    ):
+        for decoded in results:
             for level, name, where, pixels in decoded:
                 if name in found[level].position:
                     skips.skip(where, "a second picture of the same name")
@@ -285,12 +288,13 @@ def generate(
     layout. Returns int64 labels."""
     labels = []
     chunks = range(-(-count // generator.CHUNK))
+    draw = functools.partial(_draw, level, seed)
     with (
         _release_files(release_dir, level) as save,
+        writer.map_ordered(draw, chunks, workers) as results,
         writer.progress(count, f"drawing {level}") as bar,
     ):
-        draw = functools.partial(_draw, level, seed)
-        for pictures, chunk_labels in writer.map_ordered(draw, chunks, workers):
+        for pictures, chunk_labels in results:
             missing = count - pool.count
             save(pool.count, pictures[:missing], chunk_labels[:missing])
             pool.add(pictures[:missing].reshape(-1, PIXELS))

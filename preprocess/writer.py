@@ -530,11 +530,15 @@ def _start_workers(count: int) -> list[tuple]:
     return started
 
 
-def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
+@contextlib.contextmanager
+def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator[Iterator]:
     """map(function, items) over processes: results in order, a few items per process in flight.
 
+        with map_ordered(function, items, workers) as results:
+            for result in results: ...
+
     items: best chunks that take some 10 ms or more. function: a module-level function (it is sent
-    by name).
+    by name). Leaving the block ends the processes, whatever they are at.
     Raises: what `function` raises; WorkerDied.
 
     A pipe and a thread for each process, nothing shared: a process that is killed at any moment,
@@ -545,7 +549,7 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
     first = list(itertools.islice(items, 2))
     items = itertools.chain(first, items)
     if workers == 1 or len(first) < 2:
-        yield from map(function, items)
+        yield map(function, items)
         return
     idle: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -563,11 +567,7 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
             raise answer
         return answer
 
-    started = _start_workers(workers)
-    threads = concurrent.futures.ThreadPoolExecutor(workers)
-    try:
-        for worker in started:
-            idle.put(worker)
+    def results():
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
         for item in items:
             pending.append(threads.submit(call, item))
@@ -575,9 +575,16 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+    started = _start_workers(workers)
+    threads = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        for worker in started:
+            idle.put(worker)
+        yield results()
     finally:
         for process, _ in started:
-            process.kill()  # an interrupted run does not finish what is in flight
+            process.kill()
         threads.shutdown(wait=True, cancel_futures=True)
         for process, connection in started:
             process.join()

@@ -195,23 +195,37 @@ def test_a_disk_that_refuses_early_is_not_forgotten(tmp_path, monkeypatch):
     assert len(calls) == 1 and names(tmp_path) == []
 
 
-def test_a_limited_file_size(tmp_path):
-    """The real thing: a file that the system does not let grow."""
-    code = (
-        f"import sys, resource, signal; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "import numpy as np; from preprocess import writer\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000,) * 2)\n"
-        "def run():\n"
-        f"    with writer.SplitWriter({str(tmp_path)!r}, 'lra-x', 'dev') as out:\n"
-        "        for i in range(9000):\n"
-        "            out.add(input_ids_0=np.zeros(1024, np.int32), label=i)\n"
-        "sys.exit(writer.main(run))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, {repository!r})
+import numpy as np
+from preprocess import writer
+def array(i):
+    return np.zeros(1024, np.int32)
+def run():
+    with (
+        writer.SplitWriter({folder!r}, "lra-x", "dev") as out,
+        writer.map_ordered(array, range(9000), {workers}) as arrays,
+    ):
+        for ids in arrays:
+            out.add(input_ids_0=ids, label=1)
+if __name__ == "__main__":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000,) * 2)
+    sys.exit(writer.main(run))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_limited_file_size(tmp_path, workers):
+    """The real thing: a file that the system does not let grow, while workers are at work."""
+    folder, script = tmp_path / "out", tmp_path / "run.py"
+    text = FULL.format(repository=str(REPOSITORY), folder=str(folder), workers=workers)
+    script.write_text(text)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (2, ""), result
     assert result.stderr == "error: cannot write: File too large\n"
-    assert names(tmp_path) == []
+    assert names(folder) == []
 
 
 def test_the_rest_of_a_killed_run_is_said_and_replaced(tmp_path):
@@ -319,16 +333,24 @@ def square(x: int) -> int:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_map_ordered(workers):
-    assert list(writer.map_ordered(square, range(50), workers)) == [x * x for x in range(50)]
-    endless = writer.map_ordered(square, itertools.count(100), workers)
+    def mapped(items):
+        with writer.map_ordered(square, items, workers) as results:
+            yield from results
+
+    assert list(mapped(range(50))) == [x * x for x in range(50)]
+    endless = mapped(itertools.count(100))
     assert list(itertools.islice(endless, 5)) == [x * x for x in range(100, 105)]
     endless.close()
     with pytest.raises(ValueError, match="77 is not liked"):
-        list(writer.map_ordered(square, range(70, 90), workers))
+        list(mapped(range(70, 90)))
 
 
 def test_a_dead_worker_is_one_sentence(capsys):
-    assert writer.main(lambda: list(writer.map_ordered(square, [1, -9, 2, 3], 2))) == 1
+    def run():
+        with writer.map_ordered(square, [1, -9, 2, 3], 2) as results:
+            list(results)
+
+    assert writer.main(run) == 1
     assert capsys.readouterr().err.startswith("error: a worker process was killed")
 
 
@@ -346,8 +368,11 @@ def slow_pid(x):
     time.sleep(0.05)
     return os.getpid()
 def run():
-    with writer.open_splits({folder!r}, "lra-x", ("train", "dev")) as splits:
-        for pid in writer.map_ordered(slow_pid, itertools.count(), 2):
+    with (
+        writer.open_splits({folder!r}, "lra-x", ("train", "dev")) as splits,
+        writer.map_ordered(slow_pid, itertools.count(), 2) as pids,
+    ):
+        for pid in pids:
             splits["train"].add(input_ids_0=np.zeros(9, np.int32), label=1)
             print(pid, flush=True)
 if __name__ == "__main__":
@@ -363,8 +388,11 @@ from preprocess import writer
 def pid_and_much(x):
     return os.getpid(), bytes(8 << 20)  # an answer that takes a while to send
 def run():
-    with writer.open_splits({folder!r}, "lra-x", ("train", "dev")) as splits:
-        for pid, much in writer.map_ordered(pid_and_much, itertools.count(), 2):
+    with (
+        writer.open_splits({folder!r}, "lra-x", ("train", "dev")) as splits,
+        writer.map_ordered(pid_and_much, itertools.count(), 2) as answers,
+    ):
+        for pid, much in answers:
             splits["train"].add(input_ids_0=np.zeros(9, np.int32), label=1)
             print(pid, flush=True)
 if __name__ == "__main__":

@@ -346,9 +346,9 @@ def _run(operations: _Operations, wanted: set[int], *, streaming: bool) -> Itera
             stack.append({0x4E: None, 0x88: True, 0x89: False}[opcode])
         elif opcode in b")\x85\x86\x87":
             count = {0x29: 0, 0x85: 1, 0x86: 2, 0x87: 3}[opcode]
-            stack.append(tuple(pop(count)) if count else ())
+            stack.append(_tuple(pop(count), error) if count else ())
         elif opcode == 0x74:  # TUPLE
-            stack.append(tuple(pop_to_mark()))
+            stack.append(_tuple(pop_to_mark(), error))
         elif opcode == 0x7D:  # EMPTY_DICT
             stack.append({})
         elif opcode in b"dsu":  # DICT SETITEM SETITEMS
@@ -419,6 +419,15 @@ def _run(operations: _Operations, wanted: set[int], *, streaming: bool) -> Itera
                 f"its items share more than {MAX_SHARED_BYTES:,} bytes with each other, "
                 "too many to keep; write the list again with a copy of every array"
             )
+
+
+def _tuple(values: list, error) -> tuple:
+    """NumPy's arguments are tuples with tuples in them, two deep: deeper ones could fill the
+    memory from the inside out."""
+    for value in values:
+        if type(value) is tuple and any(type(inner) is tuple for inner in value):
+            raise error("refused: tuples more than two deep")
+    return tuple(values)
 
 
 def _finished(value, error):

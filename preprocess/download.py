@@ -38,6 +38,7 @@ CHUNK = 1 << 20
 NETWORK_CHUNK = 16 << 10
 # kept free beside what is written: a full disk harms everything else that runs
 DISK_MARGIN = 256 << 20
+OFFLINE = " (without a network, fetch the file elsewhere and name it with --source)"
 LRA_RELEASE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 
 
@@ -132,7 +133,7 @@ def download(
         path: where the complete and checked file goes; `path`.part holds an incomplete one.
         sha256: expected digest in hex; None: not checked.
         size: expected bytes; None: only the server's own word is checked.
-        timeout: seconds without a connection or without a byte that count as a stall.
+        timeout: seconds without a byte that count as a stall; at most 10 without a connection.
         retries: attempts in a row without a new byte before giving up; at most one if the server
             was never reached in this call, as without a network nothing passes by waiting.
         backoff: seconds before the first of those attempts, doubled each time, at most 60.
@@ -157,9 +158,11 @@ def download(
                 fruitless = 0 if file.tell() > before else fruitless + 1
                 reached = reached or not isinstance(fault, _NoConnection)
                 if fruitless > (retries if reached else min(retries, 1)):
+                    elsewhere = "" if reached else OFFLINE
                     raise ValueError(
                         f"giving up on {url} after {fruitless} attempts: {fault}; "
                         f"{_bytes(file.tell())} are kept, the same command continues there"
+                        f"{elsewhere}"
                     ) from None
                 wait = min(60.0, backoff * 2 ** max(0, fruitless - 1))
                 notify(f"{fault}; trying again in {wait:g} s ({_bytes(file.tell())} so far)")
@@ -193,13 +196,16 @@ def _fetch(url, file, part, size, timeout, notify) -> None:
         if info["validator"]:
             headers["If-Range"] = info["validator"]
     try:
-        response = requests.get(url, headers=headers, stream=True, timeout=timeout)
+        limits = (min(timeout, 10), timeout)
+        response = requests.get(url, headers=headers, stream=True, timeout=limits)
     except requests.TooManyRedirects:
         raise ValueError(f"{url} redirects in circles") from None
     except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
         raise ValueError(f"{url} is not a usable address: {error}") from None
     except requests.exceptions.InvalidSchema:
         raise ValueError(f"{url} is not a usable address: http or https is needed") from None
+    except requests.ConnectTimeout:
+        raise _NoConnection(f"no connection to {_host(url)} within {limits[0]:g} s") from None
     except requests.Timeout:
         raise _Retry(f"no answer from {_host(url)} within {timeout:g} s") from None
     except requests.exceptions.SSLError as error:

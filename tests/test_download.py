@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -215,9 +216,25 @@ def test_faults_that_stay_are_one_sentence(server, tmp_path, faults, options, sa
 
 def test_nobody_listens(tmp_path):
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"no connection to 127.0.0.1:9 .*refused"):
+    with pytest.raises(ValueError, match=r"no connection to 127.0.0.1:9 .*refused.*--source"):
         download.download("http://127.0.0.1:9/x", tmp_path / "x", notify=lambda _: None)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux drops what does not fit")
+def test_a_network_that_swallows_everything(tmp_path):
+    """A firewall that drops packets: one more try, whatever --retries says, and what to do."""
+    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for fills in (first, second):
+            fills.setblocking(False)
+            fills.connect_ex(deaf.getsockname())
+        url = "http://{}:{}/x".format(*deaf.getsockname())
+        notices = []
+        with pytest.raises(ValueError, match=r"after 2 attempts: no connection .* within 0.3 s"):
+            download.download(url, tmp_path / "x", timeout=0.3, backoff=0.1, notify=notices.append)
+        assert len(notices) == 1
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://127.0.0.1/x", "http://", "file:///etc/passwd"])

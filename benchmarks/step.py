@@ -300,6 +300,7 @@ GROUPS = {  # profiler names (parts of) -> what a reader calls them, first match
     "residual, dropout, norm": ("_AddNorm",),
     "GELU, dropout": ("_GeluDropout",),
     "embedding, dropout, norm": ("_EmbedNorm",),
+    "mean over tokens": ("_MaskedMean",),
     "products of linear layers": ("aten::addmm", "aten::mm", "aten::linear", "mkldnn"),
     "optimizer, clipping": ("AdamW", "_foreach", "_fused_adam", "clip_grad", "optimizer"),
     "sums (bias gradients)": ("aten::sum", "aten::mean"),
@@ -526,7 +527,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=64, help="examples a step")
     parser.add_argument(
-        "--micro_batches", type=numbers, default=[8, 16], help="each contender takes its fastest"
+        "--micro_batches", type=numbers, default=[8, 16, 32], help="each contender takes its fastest"
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -52,5 +52,6 @@ SAT_EXPORT int sat_attention_backward(const SatAttention* call) {
 
 SAT_EXPORT int sat_attention_statistics(const SatStatistics* call) {
     if (!supported(call)) return SAT_NOT_SUPPORTED;
+    SAT_TRY_BFLOAT16(attention_statistics)
     SAT_DISPATCH(attention_statistics)
 }

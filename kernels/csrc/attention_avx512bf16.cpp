@@ -92,5 +92,6 @@ struct Dot {
 
 int attention_forward(const SatAttention& call) { return forward_with<Dot>(call); }
 int attention_backward(const SatAttention& call) { return backward_with<Dot>(call); }
+int attention_statistics(const SatStatistics& call) { return statistics_with<Dot>(call); }
 
 }    // namespace SAT_ISA_NAMESPACE

@@ -67,15 +67,33 @@ SAT_INLINE pairs interleave(pairs a, pairs b) {
         reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(index), reinterpret_cast<__m512i>(b)));
 }
 
-// 2^x to 7.5e-5, a twentieth of what rounding to bf16 costs. Overflows to inf, underflows to 0, NaN stays NaN.
-SAT_INLINE vec exp2_for_bf16(vec x) {
+// 2^x; overflows to inf, underflows to 0, NaN stays NaN. Minimax polynomials of the relative error on [-1/2, 1/2]: of degree 3
+// to 7.5e-5, a twentieth of what rounding to bf16 costs; of degree 4 to 2.6e-6.
+template <int DEGREE>
+SAT_INLINE vec exp2_rough(vec x) {
     const vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const vec f = x - whole;
-    vec p = splat(5.517166906e-2f);    // minimax of the relative error on [-1/2, 1/2]
-    p = p * f + 2.426111222e-1f;
-    p = p * f + 6.932609855e-1f;
-    p = p * f + 9.999280735e-1f;
+    vec p;
+    if constexpr (DEGREE == 3) {
+        p = splat(5.517166906e-2f);
+        p = p * f + 2.426111222e-1f;
+        p = p * f + 6.932609855e-1f;
+        p = p * f + 9.999280735e-1f;
+    } else {
+        static_assert(DEGREE == 4, "a degree with coefficients");
+        p = splat(9.570101911e-3f);
+        p = p * f + 5.591786032e-2f;
+        p = p * f + 2.402474483e-1f;
+        p = p * f + 6.931218147e-1f;
+        p = p * f + 9.999992614e-1f;
+    }
     return _mm512_scalef_ps(p, whole);
+}
+
+// Whether unnormalised sums keep full precision: all of them within [1 / SAFE_SUM, SAFE_SUM].
+SAT_INLINE bool safe(vec total) {
+    return (_mm512_cmp_ps_mask(total, splat(1 / SAFE_SUM), _CMP_GT_OQ) &
+            _mm512_cmp_ps_mask(total, splat(SAFE_SUM), _CMP_LT_OQ)) == 0xffff;
 }
 
 // Lane n: sum of x[n].
@@ -272,8 +290,8 @@ struct Kernel {
                 vec sum = load(total + v * W);
 #pragma GCC unroll 16
                 for (int r = 0; r < NR; r += 2) {
-                    vec x = exp2_for_bf16(acc[r][v] * scale - shift);
-                    vec y = exp2_for_bf16(acc[r + 1][v] * scale - shift);
+                    vec x = exp2_rough<3>(acc[r][v] * scale - shift);
+                    vec y = exp2_rough<3>(acc[r + 1][v] * scale - shift);
                     if (PADDED && !real[row + r]) x = vec{};
                     if (PADDED && !real[row + r + 1]) y = vec{};
                     const pairs both = interleave(rounded(x, y));
@@ -390,15 +408,14 @@ struct Kernel {
 
     // Adds the pruned logits to the sums; false if one lies outside the range where they are exact.
     bool add_pruned(const Forward& s, long num_pruned) const {
-        bool safe = true;
+        bool exact = true;
         for (int i = 0; i < bs; i += W) {
             vec total = load(s.total + i);
             if (num_pruned) total += exp2(-load(s.reference + i)) * static_cast<float>(num_pruned);
             store(s.total + i, total);
-            safe &= (_mm512_cmp_ps_mask(total, splat(1 / SAFE_SUM), _CMP_GT_OQ) &
-                     _mm512_cmp_ps_mask(total, splat(SAFE_SUM), _CMP_LT_OQ)) == 0xffff;
+            exact &= safe(total);
         }
-        return safe;
+        return exact;
     }
 
     // ---- backward ----
@@ -475,7 +492,7 @@ struct Kernel {
             for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 16
                 for (int n = 0; n < NV; ++n) {
-                    s[r][n] = exp2_for_bf16(s[r][n] * scale - load(lse + n * W));
+                    s[r][n] = exp2_rough<3>(s[r][n] * scale - load(lse + n * W));
                     if (PADDED && !real[row + r]) s[r][n] = vec{};
                     dp[r][n] = s[r][n] * (dp[r][n] - load(delta + n * W));
                 }
@@ -629,26 +646,233 @@ struct Kernel {
     }
 };
 
-// Calls run(kernel) with the Kernel made for the call's head_dim and block_size.
-template <class Engine, class Call, class Run>
+// ---- statistics ----
+
+// One task is a row of blocks of one group of examples, tile of queries by tile. The probabilities of a tile and one head,
+// [N][T] and fp32, await their sum; they are added to the tile's mean while the next head's replace them, under the
+// products. `bs` here only pools: it is as large as a tile or a multiple of it.
+template <class Engine, int D, int T>
+struct Statistics {
+    static constexpr int NV = T / W;
+    static constexpr bool WIDE = D && T == 32;
+    using Tile = Kernel<Engine, D, T>;
+    const SatStatistics& call;
+    const int d;
+    const int bs;
+    const long N, nb;
+    const long heads;    // of a group: its examples times H
+
+    explicit Statistics(const SatStatistics& c)
+        : call(c), d(D ? D : static_cast<int>(c.d)), bs(static_cast<int>(c.bs)), N(c.N), nb(c.N / c.bs),
+          heads(c.B / c.groups * c.H) {}
+
+    struct Pieces {
+        typename Engine::template Session<WIDE> session;
+        mutable Ahead ahead;
+        bf16 *rows, *keys;                     // copies of strided inputs
+        uint32_t* qt;                          // [d / 2][T]
+        float *p, *mean;                       // [N][T], not where only the pooled sums are wanted
+        float* sums;                           // [nb][T] over the keys of a block
+        float *reference, *total, *inverse;    // [T]
+        float* pooled;                         // [heads][nb] sums over a block
+        static size_t size(const Statistics& call) {
+            const size_t probs = call.call.mean ? call.N * T : 0;
+            return T * call.d / 2 * 3 + 2 * probs + call.nb * T + 3 * T + call.heads * call.nb;
+        }
+        Pieces(Scratch& s, const Statistics& call)
+            : rows((bf16*)s.take(T * call.d / 2)), keys((bf16*)s.take(T * call.d / 2)),
+              qt((uint32_t*)s.take(T * call.d / 2)), p(s.take(call.call.mean ? call.N * T : 0)),
+              mean(s.take(call.call.mean ? call.N * T : 0)), sums(s.take(call.nb * T)), reference(s.take(T)),
+              total(s.take(T)), inverse(s.take(T)), pooled(s.take(call.heads * call.nb)) {}
+    };
+
+    // Exponentials of scale k_j . q_i - reference[i], zero at padded keys; their sums over j are added to sums[i]. Where they
+    // are kept, in p, what stood there is added to the mean.
+    template <bool KEPT, bool PADDED>
+    static __attribute__((noinline)) void exp_scores(int d_, const Rows& k, float scale, const uint8_t* real, float* p,
+                                                     float* mean, float* sums, const Pieces& s) {
+        const int dim = D ? D : d_;
+        Engine::template panel<T, NV>(dim / 2, k.factor(), s.qt, T, [&](int row, auto& acc) {
+            constexpr int NR = sizeof(acc) / sizeof(acc[0]);
+            s.ahead();
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                const vec shift = load(s.reference + v * W), inverse = load(s.inverse + v * W);
+                vec sum{};
+#pragma GCC unroll 16
+                for (int r = 0; r < NR; ++r) {
+                    vec x = exp2_rough<4>(acc[r][v] * scale - shift);
+                    if (PADDED && !real[row + r]) x = vec{};
+                    sum += x;
+                    if constexpr (KEPT) {
+                        const long place = (row + r) * T + v * W;
+                        store(mean + place, load(mean + place) + load(p + place) * inverse);
+                        store(p + place, x);
+                    }
+                }
+                store(sums + v * W, load(sums + v * W) + sum);
+            }
+        });
+    }
+
+    // Calls use(first, state) for each tile of keys.
+    template <class Use>
+    SAT_INLINE void each_tile(const uint8_t* real, Use use) const {
+        for (long first = 0; first < N; first += T) use(first, state_of(real ? real + first : nullptr, T));
+    }
+
+    // Exponentials to p, their sums over each block to sums, over all keys to total. False if out of the safe range.
+    template <bool KEPT>
+    bool sweep(const char* k_head, const uint8_t* real, const Pieces& s) const {
+        const float scale = call.scale * LOG2E;
+        memset(s.sums, 0, sizeof(float) * nb * T);
+        each_tile(real, [&](long first, KeysState state) {
+            float *p = s.p + (KEPT ? first * T : 0), *mean = s.mean + (KEPT ? first * T : 0);
+            float* sums = s.sums + first / bs * T;
+            if (state == NO_KEY) {
+                if (KEPT) {
+                    add_probs(first, s);
+                    memset(p, 0, sizeof(float) * T * T);
+                }
+                return;
+            }
+            if (first + T < N) s.ahead.expect(call.key, k_head, first + T, T, d);
+            s.ahead.within(2);
+            const Rows k = rows_of(call.key, k_head, first, T, d, s.keys);
+            if (state == ALL_KEYS)
+                exp_scores<KEPT, false>(d, k, scale, nullptr, p, mean, sums, s);
+            else
+                exp_scores<KEPT, true>(d, k, scale, real + first, p, mean, sums, s);
+        });
+        bool exact = true;
+        for (int v = 0; v < NV; ++v) {
+            vec total{};
+            for (long c = 0; c < nb; ++c) total += load(s.sums + c * T + v * W);
+            store(s.total + v * W, total);
+            exact &= safe(total);
+        }
+        return exact;
+    }
+
+    // One head against the tile of queries that starts at `row`.
+    template <bool KEPT>
+    void head(long b, long h, long row, float* pooled, const Pieces& s) const {
+        const uint8_t* real = call.real ? call.real + b * N : nullptr;
+        if (real && !memchr(real, 1, N)) return;    // p is 0
+        const char* q_head = head_of(call.query, call.type, b, h);
+        const char* k_head = head_of(call.key, call.type, b, h);
+        pack_columns<T>(rows_of(call.query, q_head, row, T, d, s.rows), T, d, s.qt);
+        memset(s.reference, 0, sizeof(float) * T);
+        if (!sweep<KEPT>(k_head, real, s)) {
+            for (int i = 0; i < T; ++i) s.reference[i] = -__builtin_inff();
+            each_tile(real, [&](long first, KeysState state) {
+                const uint8_t* some = state == SOME_KEYS ? real + first : nullptr;
+                const Rows k = rows_of(call.key, k_head, first, T, d, s.keys);
+                if (state != NO_KEY) Tile::max_scores(d, k, s.qt, call.scale * LOG2E, some, s.reference);
+            });
+            // What the head before left is in the mean already.
+            if (KEPT) memset(s.p, 0, sizeof(float) * N * T);
+            sweep<KEPT>(k_head, real, s);
+        }
+        for (int v = 0; v < NV; ++v) store(s.inverse + v * W, 1.0f / load(s.total + v * W));
+        for (long c = 0; c < nb; ++c) {
+            vec block{};
+            for (int v = 0; v < NV; ++v) block += load(s.sums + c * T + v * W) * load(s.inverse + v * W);
+            pooled[c] += _mm512_reduce_add_ps(block);
+        }
+    }
+
+    // Adds a tile of the probabilities that wait to the mean.
+    static void add_probs(long first, const Pieces& s) {
+        for (long j = first; j < first + T; ++j)
+            for (int v = 0; v < NV; ++v) {
+                float* mean = s.mean + j * T + v * W;
+                store(mean, load(mean) + load(s.p + j * T + v * W) * load(s.inverse + v * W));
+            }
+    }
+
+    // Adds the tile's mean, transposed, to rows `row` and following of the group's.
+    void write_mean(long group, long row, const Pieces& s) const {
+        const float weight = call.weight / static_cast<float>(heads);
+        for (int i = 0; i < T; i += W) {
+            const vec inverse = load(s.inverse + i);
+            for (long j = 0; j < N; j += W) {
+                float* mean = call.mean + (group * N + row + i) * N + j;
+                vec x[W];
+#pragma GCC unroll 16
+                for (int k = 0; k < W; ++k)
+                    x[k] = load(s.mean + (j + k) * T + i) + load(s.p + (j + k) * T + i) * inverse;
+                transpose(x);
+#pragma GCC unroll 16
+                for (int k = 0; k < W; ++k) {
+                    __builtin_prefetch(mean + k * N + 8 * W, 0, 2);    // rows 4 KiB apart share a set of L1
+                    store(mean + k * N, load(mean + k * N) + x[k] * weight);
+                }
+            }
+        }
+    }
+
+    void row_of_blocks(long group, long r, const Pieces& s) const {
+        memset(s.pooled, 0, sizeof(float) * heads * nb);
+        for (long row = r * bs; row < (r + 1) * bs; row += T) {
+            if (call.mean) {
+                memset(s.mean, 0, sizeof(float) * N * T);
+                memset(s.p, 0, sizeof(float) * N * T);
+            }
+            memset(s.inverse, 0, sizeof(float) * T);
+            for (long n = 0; n < heads; ++n) {
+                const long b = group * (call.B / call.groups) + n / call.H, h = n % call.H;
+                if (call.mean)
+                    head<true>(b, h, row, s.pooled + n * nb, s);
+                else
+                    head<false>(b, h, row, s.pooled + n * nb, s);
+            }
+            if (call.mean) write_mean(group, row, s);
+        }
+        double squares = 0;
+        double* pooled_sum = call.pooled_sum + (group * nb + r) * nb;
+        for (long c = 0; c < nb; ++c) pooled_sum[c] = 0;
+        for (long n = 0; n < heads; ++n)
+            for (long c = 0; c < nb; ++c) {
+                const double value = static_cast<double>(s.pooled[n * nb + c]) / (bs * bs);
+                pooled_sum[c] += value;
+                squares += value * value;
+            }
+        call.square_sum[group * nb + r] = squares;
+    }
+
+    int run() const {
+        return spread(
+            call.threads, call.groups * nb, 1, Pieces::size(*this), [&](Scratch& s) { return Pieces(s, *this); },
+            [&](const Pieces& s, long i) { row_of_blocks(i / nb, i % nb, s); });
+    }
+};
+
+// Calls run(kernel) with the Kernel (or Statistics) made for the call's head_dim and block_size.
+template <template <class, int, int> class Made, class Engine, class Call, class Run>
 int with_kernel(const Call& call, Run run) {
     if (call.bs % 32 == 0) {
-        if (call.d == 32) return run(Kernel<Engine, 32, 32>(call));
-        if (call.d == 64) return run(Kernel<Engine, 64, 32>(call));
-        if (call.d == 128) return run(Kernel<Engine, 128, 32>(call));
-        return run(Kernel<Engine, 0, 32>(call));
+        if (call.d == 32) return run(Made<Engine, 32, 32>(call));
+        if (call.d == 64) return run(Made<Engine, 64, 32>(call));
+        if (call.d == 128) return run(Made<Engine, 128, 32>(call));
+        return run(Made<Engine, 0, 32>(call));
     }
-    return run(Kernel<Engine, 0, 16>(call));
+    return run(Made<Engine, 0, 16>(call));
 }
 
 template <class Engine>
 int forward_with(const SatAttention& call) {
-    return with_kernel<Engine>(call, [](const auto& kernel) { return kernel.forward(); });
+    return with_kernel<Kernel, Engine>(call, [](const auto& kernel) { return kernel.forward(); });
 }
 
 template <class Engine>
 int backward_with(const SatAttention& call) {
-    return with_kernel<Engine>(call, [](const auto& kernel) { return kernel.backward(); });
+    return with_kernel<Kernel, Engine>(call, [](const auto& kernel) { return kernel.backward(); });
+}
+
+template <class Engine>
+int statistics_with(const SatStatistics& call) {
+    return with_kernel<Statistics, Engine>(call, [](const auto& kernel) { return kernel.run(); });
 }
 
 }    // namespace

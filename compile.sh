@@ -70,6 +70,7 @@ for source in $sources; do
     *_avx2.cpp) needs="-mavx2 -mfma" isa=AVX2 ;;
     *_avx512.cpp) needs=$avx512 isa=AVX512 ;;
     *_avx512bf16.cpp) needs="$avx512 -mavx512bf16" isa=AVX512BF16 ;;
+    *_amx.cpp) needs="$avx512 -mavx512bf16 -mamx-tile -mamx-bf16" isa=AMX ;;
     *)
         selected="$selected $source:"
         continue

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+import emulated_amx
 import emulated_cuda
 import pytest
 import torch
@@ -38,13 +39,18 @@ class Case:
     num_examples: int = 300  # of hypothesis in the fast tests; fewer for emulated devices
     max_tokens: int = 2**62  # B * N that it computes in a reasonable time
 
-    def require(self, *, op="sparse", dtype=FP32, head_dim=32, block_size=32, tokens=0) -> None:
+    @property
+    def dtype(self) -> torch.dtype:
+        """For tests in which it does not matter."""
+        return self.dtypes[0]
+
+    def require(self, *, op="sparse", dtype=None, head_dim=32, block_size=32, tokens=0) -> None:
         """Skip what this case does not claim; a claim that fails is a failed test."""
         if tokens > self.max_tokens:
             pytest.skip(f"{self.id} would take too long for {tokens} tokens")
         claims = (
             (op, self.ops),
-            (dtype, self.dtypes),
+            (dtype or self.dtype, self.dtypes),
             (head_dim, self.head_dims),
             (block_size, self.block_sizes),
         )
@@ -79,6 +85,16 @@ CASES = [
     Case("reference", "reference", dtypes=(FP32, BF16, FP16, FP64)),
     *(_cpu(isa) for isa in ("portable", "avx2", "avx512")),
     _cpu("avx512_bf16", (BF16,)),
+    Case(
+        "cpu-amx-emulated",
+        "cpu",
+        activate=emulated_amx.active,
+        dtypes=(BF16,),
+        block_sizes=(16, 32, 48, 64, 128),
+        skip=emulated_amx.reason_unavailable,
+        num_examples=50,
+        max_tokens=2048,
+    ),
     Case("cuda", "cuda", device="cuda"),
     Case("cuda-emulated", "cuda", activate=emulated_cuda.active, num_examples=50, max_tokens=2048),
 ]

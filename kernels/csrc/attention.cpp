@@ -22,8 +22,15 @@
 #define SAT_TRY_AVX512BF16(function)
 #endif
 
+#if defined(__x86_64__) && !defined(SAT_WITHOUT_AMX)
+#define SAT_TRY_AMX(function) SAT_TRY(SAT_ISA_AMX, amx::function)
+#else
+#define SAT_TRY_AMX(function)
+#endif
+
 #define SAT_TRY_BFLOAT16(function)       \
     if (call->type == SAT_BFLOAT16) {    \
+        SAT_TRY_AMX(function)            \
         SAT_TRY_AVX512BF16(function)     \
     }
 

@@ -6,8 +6,8 @@
 namespace SAT_ISA_NAMESPACE {
 namespace {
 
+template <bool>
 struct Dot {
-    template <bool WIDE>
     struct Session {};
 
     // Rows of accumulators: NR * NV of them, NV loaded vectors and a broadcast must fit 32 registers, NR divide 16.
@@ -69,8 +69,8 @@ struct Dot {
     }
 
     template <int ROWS, int NV = 4, class A, class Pause>
-    static SAT_INLINE void add(long depth, const A& a, const uint32_t* b, float* c, long columns, Pause& pause,
-                               long first = 0) {
+    static SAT_INLINE void add(long depth, const A& a, const uint32_t* b, float* c, long columns, bool fresh,
+                               Pause& pause, long first = 0) {
         for (; first + NV * W <= columns; first += NV * W)
             panel<ROWS, NV>(depth, a, b + first, columns, [&](int row, auto& acc) {
                 constexpr int NR = sizeof(acc) / sizeof(acc[0]);
@@ -80,11 +80,11 @@ struct Dot {
 #pragma GCC unroll 4
                     for (int v = 0; v < NV; ++v) {
                         float* p = c + (row + r) * columns + first + v * W;
-                        store(p, load(p) + acc[r][v]);
+                        store(p, fresh ? acc[r][v] : load(p) + acc[r][v]);
                     }
             });
         if constexpr (NV > 1)
-            if (first < columns) add<ROWS, NV - 1>(depth, a, b, c, columns, pause, first);
+            if (first < columns) add<ROWS, NV - 1>(depth, a, b, c, columns, fresh, pause, first);
     }
 };
 

@@ -237,15 +237,16 @@ class Ahead {
 
 // ---- forward ----
 
-// An Engine has
-//     Session(wide)                                      what a thread holds while it multiplies; `wide`: see Kernel::WIDE
+// An Engine<WIDE> multiplies. WIDE: every depth is a multiple of 16 pairs, else of 8. It has
+//     Session                                                    what a thread holds while it multiplies
 //     panel<ROWS, NV>(pairs, A, B, columns of B, emit)           calls emit(row, C[NR][NV]) for NR rows (even) at a time
 //     panels<ROWS, NV>(pairs, A, B, A', B', columns, emit)       emit(row, C[NR][NV], C'[NR][NV])
-//     add<ROWS>(pairs, A, B, C, columns, pause)                  C += A B, [ROWS][columns]; calls pause() now and then
-template <class Engine, int D, int T>
+//     add<ROWS>(pairs, A, B, C, columns, fresh, pause)           C += A B, or C = A B where it is fresh, [ROWS][columns];
+//                                                                calls pause() now and then
+template <template <bool> class Engines, int D, int T>
 struct Kernel {
+    using Engine = Engines<D && T == 32>;
     static constexpr int NV = T / W;    // vectors of queries in a tile
-    static constexpr bool WIDE = D && T == 32;    // every product's depth is a multiple of 32
     const SatAttention& call;
     const int d;
     const int bs;
@@ -257,7 +258,7 @@ struct Kernel {
     const uint8_t* real_of(long b) const { return call.real ? call.real + b * call.N : nullptr; }
 
     struct Forward {
-        typename Engine::template Session<WIDE> session;
+        typename Engine::Session session;
         mutable Ahead ahead;
         bf16 *rows, *keys, *values;     // copies of strided inputs
         uint32_t* qt;                   // [bs / T][d / 2][T]
@@ -315,9 +316,9 @@ struct Kernel {
         });
     }
 
-    static __attribute__((noinline)) void add_values(int d_, const uint32_t* p, const uint32_t* v, float* o, Ahead& ahead) {
+    static __attribute__((noinline)) void add_values(int d_, const uint32_t* p, const uint32_t* v, float* o, bool fresh, Ahead& ahead) {
         const int dim = D ? D : d_;
-        Engine::template add<T>(T / 2, PairFactor<T>(p), v, o, dim, ahead);
+        Engine::template add<T>(T / 2, PairFactor<T>(p), v, o, dim, fresh, ahead);
     }
 
     // A row of blocks of one head; none where r is nb or beyond.
@@ -366,9 +367,10 @@ struct Kernel {
         if (next.r < nb) s.ahead.expect(call.query, head_of(call.query, call.type, next.b, next.h), next.r * bs, bs, d);
         bool any_key = false;
         auto sweep = [&] {
-            memset(s.o, 0, sizeof(float) * bs * d);
             memset(s.total, 0, sizeof(float) * bs);
+            any_key = false;
             each_tile(columns, at, next, 4 * bs / T, s.ahead, [&](long first, const uint8_t* real) {
+                const bool fresh = !any_key;
                 any_key = true;
                 const Rows k = rows_of(call.key, k_head, first, T, d, s.keys);
                 pack_rows(rows_of(call.value, v_head, first, T, d, s.values), T, d, s.v);
@@ -378,7 +380,7 @@ struct Kernel {
                         exp_scores<true>(d, k, qt, scale, s.reference + i, real, s.p, s.total + i, s.ahead);
                     else
                         exp_scores<false>(d, k, qt, scale, s.reference + i, real, s.p, s.total + i, s.ahead);
-                    add_values(d, s.p, s.v, s.o + i * d, s.ahead);
+                    add_values(d, s.p, s.v, s.o + i * d, fresh, s.ahead);
                 }
             });
         };
@@ -386,6 +388,7 @@ struct Kernel {
         sweep();
         float* lse = call.lse + (b * call.H + h) * call.N + r * bs;
         if (!any_key) {
+            memset(s.o, 0, sizeof(float) * bs * d);
             for (int i = 0; i < bs; ++i) s.total[i] = 0, lse[i] = HUGE_LSE;
         } else {
             if (!add_pruned(s, num_pruned)) {
@@ -421,7 +424,7 @@ struct Kernel {
     // ---- backward ----
 
     struct Backward {
-        typename Engine::template Session<WIDE> session;
+        typename Engine::Session session;
         mutable Ahead ahead;
         bf16 *rows, *drows, *orows, *keys, *values;    // copies of strided inputs
         uint32_t *qt, *dot;                            // [bs / T][d / 2][T]
@@ -522,12 +525,12 @@ struct Kernel {
     // dk[j][c] += sum_i p[j][i] q[i][c]
     static __attribute__((noinline)) void add_keys(int d_, const bf16* p, const uint32_t* q, float* dk, Ahead& ahead) {
         const int dim = D ? D : d_;
-        Engine::template add<T>(T / 2, RowFactor(p, T), q, dk, dim, ahead);
+        Engine::template add<T>(T / 2, RowFactor(p, T), q, dk, dim, false, ahead);
     }
 
     // One tile of keys against one row of blocks.
     template <bool DQ, bool DKV>
-    SAT_INLINE void backward_tile(const Rows& k, const Rows& v, const uint8_t* real, float* dk, float* dv,
+    SAT_INLINE void backward_tile(const Rows& k, const Rows& v, const uint8_t* real, float* dk, float* dv, bool fresh,
                                   const Backward& s) const {
         if (DQ) pack_rows(k, T, d, s.k);
         for (int i = 0; i < bs; i += T) {
@@ -541,7 +544,7 @@ struct Kernel {
                 add_keys(d, s.p, s.dout + i / 2 * d, dv, s.ahead);
                 add_keys(d, s.ds, s.q + i / 2 * d, dk, s.ahead);
             }
-            if (DQ) add_values(d, s.ds_pairs, s.k, s.dq + i * d, s.ahead);
+            if (DQ) add_values(d, s.ds_pairs, s.k, s.dq + i * d, fresh, s.ahead);
         }
     }
 
@@ -552,16 +555,18 @@ struct Kernel {
         const char* k_head = head_of(call.key, call.type, b, h);
         const char* v_head = head_of(call.value, call.type, b, h);
         const Blocks columns = blocks_of(call.row_offsets, call.row_columns, r, nb);
-        memset(s.dq, 0, sizeof(float) * bs * d);
+        bool any_key = false;
         s.ahead.expect(call.dquery, head_of(call.dquery, call.type, b, h), r * bs, bs, d, true);
         if (columns.count) {
             load_row(at, next, s);
             each_tile(columns, at, next, 10 * bs / T, s.ahead, [&](long first, const uint8_t* real) {
                 const Rows k = rows_of(call.key, k_head, first, T, d, s.keys);
                 const Rows v = rows_of(call.value, v_head, first, T, d, s.values);
-                backward_tile<true, DKV>(k, v, real, dk + first * d, dv + first * d, s);
+                backward_tile<true, DKV>(k, v, real, dk + first * d, dv + first * d, !any_key, s);
+                any_key = true;
             });
         }
+        if (!any_key) memset(s.dq, 0, sizeof(float) * bs * d);
         write_rows(call.dquery, head_of(call.dquery, call.type, b, h), r * bs, bs, d, s.dq, s.scales);
     }
 
@@ -602,7 +607,7 @@ struct Kernel {
                 const Rows k = rows_of(call.key, k_head, first, T, d, s.keys);
                 const Rows v = rows_of(call.value, v_head, first, T, d, s.values);
                 const long offset = (first - c * bs) * d;
-                backward_tile<false, true>(k, v, real, s.dk + offset, s.dv + offset, s);
+                backward_tile<false, true>(k, v, real, s.dk + offset, s.dv + offset, false, s);
             });
         }
         write_rows(call.dkey, head_of(call.dkey, call.type, b, h), c * bs, bs, d, s.dk, s.scales);
@@ -651,11 +656,11 @@ struct Kernel {
 // One task is a row of blocks of one group of examples, tile of queries by tile. The probabilities of a tile and one head,
 // [N][T] and fp32, await their sum; they are added to the tile's mean while the next head's replace them, under the
 // products. `bs` here only pools: it is as large as a tile or a multiple of it.
-template <class Engine, int D, int T>
+template <template <bool> class Engines, int D, int T>
 struct Statistics {
+    using Tile = Kernel<Engines, D, T>;
+    using Engine = typename Tile::Engine;
     static constexpr int NV = T / W;
-    static constexpr bool WIDE = D && T == 32;
-    using Tile = Kernel<Engine, D, T>;
     const SatStatistics& call;
     const int d;
     const int bs;
@@ -667,7 +672,7 @@ struct Statistics {
           heads(c.B / c.groups * c.H) {}
 
     struct Pieces {
-        typename Engine::template Session<WIDE> session;
+        typename Engine::Session session;
         mutable Ahead ahead;
         bf16 *rows, *keys;                     // copies of strided inputs
         uint32_t* qt;                          // [d / 2][T]
@@ -849,7 +854,7 @@ struct Statistics {
 };
 
 // Calls run(kernel) with the Kernel (or Statistics) made for the call's head_dim and block_size.
-template <template <class, int, int> class Made, class Engine, class Call, class Run>
+template <template <template <bool> class, int, int> class Made, template <bool> class Engine, class Call, class Run>
 int with_kernel(const Call& call, Run run) {
     if (call.bs % 32 == 0) {
         if (call.d == 32) return run(Made<Engine, 32, 32>(call));
@@ -860,17 +865,17 @@ int with_kernel(const Call& call, Run run) {
     return run(Made<Engine, 0, 16>(call));
 }
 
-template <class Engine>
+template <template <bool> class Engine>
 int forward_with(const SatAttention& call) {
     return with_kernel<Kernel, Engine>(call, [](const auto& kernel) { return kernel.forward(); });
 }
 
-template <class Engine>
+template <template <bool> class Engine>
 int backward_with(const SatAttention& call) {
     return with_kernel<Kernel, Engine>(call, [](const auto& kernel) { return kernel.backward(); });
 }
 
-template <class Engine>
+template <template <bool> class Engine>
 int statistics_with(const SatStatistics& call) {
     return with_kernel<Statistics, Engine>(call, [](const auto& kernel) { return kernel.run(); });
 }

@@ -4,6 +4,12 @@
 
 #include <string.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 // Set by compile.sh for files that were left out because the compiler does not know their flags.
 #if defined(__x86_64__)
 #ifndef SAT_WITHOUT_AVX2
@@ -14,6 +20,9 @@
 #endif
 #ifndef SAT_WITHOUT_AVX512BF16
 #define SAT_BUILT_AVX512BF16 1
+#endif
+#if defined(__linux__) && !defined(SAT_WITHOUT_AMX)
+#define SAT_BUILT_AMX 1
 #endif
 #endif
 
@@ -30,6 +39,21 @@ SAT_EXPORT const char* sat_build_id() { return "SAT_BUILD=" SAT_BUILD_ID; }
 static const char* const isa_names[SAT_ISA_COUNT] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 static const char* const missing = "this CPU does not have it";
+
+#if defined(SAT_BUILT_AMX) && !defined(SAT_AMX_EMULATION)
+// Whether the CPU has AMX, and Linux lets this process use it: it must be asked once, before the first tile is touched.
+static const char* reason_without_tiles() {
+    const unsigned bf16 = 1u << 22, tile = 1u << 24;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (bf16 | tile)) return missing;
+    const long request_permission = 0x1023, tile_data = 18;    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0
+               ? nullptr
+               : "the operating system does not grant it (Linux does from 5.16 on)";
+}
+#elif defined(SAT_BUILT_AMX)
+static const char* reason_without_tiles() { return nullptr; }
+#endif
 
 // Why `isa` cannot run here, or null if it can.
 static const char* reason_missing(int isa) {
@@ -50,6 +74,10 @@ static const char* reason_missing(int isa) {
 #ifdef SAT_BUILT_AVX512BF16
         case SAT_ISA_AVX512_BF16:
             return __builtin_cpu_supports("avx512bf16") ? reason_missing(SAT_ISA_AVX512) : missing;
+#endif
+#ifdef SAT_BUILT_AMX
+        case SAT_ISA_AMX:
+            return __builtin_cpu_supports("avx512bf16") ? reason_without_tiles() : missing;
 #endif
         default:
             return "it is not compiled into this library";

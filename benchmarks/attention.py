@@ -390,7 +390,7 @@ def main() -> int:
         "commit": commit or "unknown",
         "command": " ".join(["python", *sys.argv]),
         "device": _cpu_name() if args.device == "cpu" else torch.cuda.get_device_name(),
-        "isa": native.isa() if args.device == "cpu" else None,
+        "isa": _instruction_sets(native.isa()) if args.device == "cpu" else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -419,6 +419,11 @@ def main() -> int:
     print(f"the same as JSON: {args.json}\n")
     print_tables(rows, scale)
     return 0
+
+
+def _instruction_sets(best: str) -> str:
+    """What computes fp32 and bf16: beyond avx512 instruction sets multiply bf16 only."""
+    return f"{best} for bf16, avx512 for fp32" if best in ("avx512_bf16", "amx") else best
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""The AMX kernels on emulated tiles: that they use them, the threads, and that the emulation is strict.
+"""The AMX kernels on emulated tiles: that they use them, threads, how strict the emulation is.
 
 Values are in test_attention_semantics.py and test_statistics_kernel.py (case `cpu-amx-emulated`).
 """
@@ -43,9 +43,7 @@ def test_same_bits_for_any_number_of_threads(threads, heads):  # noqa: F811
         expected = everything(heads, torch.bfloat16, 32)
         for count in (2, 3, 8):
             threads(count)
-            for ours, theirs in zip(
-                everything(heads, torch.bfloat16, 32), expected, strict=True
-            ):
+            for ours, theirs in zip(everything(heads, torch.bfloat16, 32), expected, strict=True):
                 assert torch.equal(ours, theirs), f"{count} threads give other bits than one"
 
 

@@ -138,26 +138,26 @@ def test_layouts(case, kind, pruned, padded):
     case.require(block_size=16)
     mask = make_mask(kind, 5)
     padding = ab.random_padding(2, 80, torch.Generator().manual_seed(1)) if padded else None
-    *inputs, dout = make_inputs(2, 1, 80, 32)
+    *inputs, dout = make_inputs(2, 1, 80, 32, case.dtype)
     compare(case, inputs, dout, mask, 16, padding=padding, pruned=pruned)
 
 
 @pytest.mark.parametrize("B, H", [(1, 1), (1, 2), (5, 1), (7, 3)])
 def test_batches_and_heads(case, B, H):
     case.require(block_size=32)
-    *inputs, dout = make_inputs(B, H, 128, 32)
+    *inputs, dout = make_inputs(B, H, 128, 32, case.dtype)
     compare(case, inputs, dout, make_mask("mixed", 4), 32)
 
 
 def test_one_block_is_the_whole_sequence(case):
     case.require(block_size=64)
-    *inputs, dout = make_inputs(2, 2, 64, 32)
+    *inputs, dout = make_inputs(2, 2, 64, 32, case.dtype)
     compare(case, inputs, dout, torch.ones(1, 1, dtype=torch.bool), 64)
 
 
 def test_scale(case):
     case.require(block_size=16)
-    *inputs, dout = make_inputs(1, 2, 96, 32)
+    *inputs, dout = make_inputs(1, 2, 96, 32, case.dtype)
     for scale in (0.5, 0.0, -0.25):
         compare(case, inputs, dout, make_mask("mixed", 6), 16, scale=scale)
 
@@ -185,7 +185,7 @@ def test_scores_far_from_zero(case, kind, offset, pruned):
     At -200 the pruned zeros take all the weight, except in rows that prune nothing.
     """
     case.require(block_size=16)
-    *inputs, dout = make_inputs(2, 2, 96, 32, spread=1.0)
+    *inputs, dout = make_inputs(2, 2, 96, 32, case.dtype, spread=1.0)
     inputs[0][..., 0] = 32.0
     inputs[1][..., 0] = offset * 32**0.5 / 32
     ours = compare(case, inputs, dout, make_mask(kind, 6), 16, pruned=pruned)
@@ -200,7 +200,7 @@ def test_rows_without_a_key_are_exactly_zero(case, pruned):
     mask = make_mask("mixed", N // bs)
     padding = ab.random_padding(B, N, torch.Generator().manual_seed(3))
     padding[2] = torch.arange(N) >= N - bs  # the last row of blocks keeps only padding here
-    *inputs, dout = make_inputs(B, H, N, d)
+    *inputs, dout = make_inputs(B, H, N, d, case.dtype)
     out, dq, dk, dv = compare(case, inputs, dout, mask, bs, padding=padding, pruned=pruned)
     kept = mask.repeat_interleave(bs, 0).repeat_interleave(bs, 1)
     attended = kept & padding[:, None]  # [B, N, N]
@@ -220,12 +220,12 @@ def test_rows_without_a_key_are_exactly_zero(case, pruned):
 # ---- tensors as models make them -----------------------------------------------------
 
 
-def strided_inputs(kind: str, d: int = 32):
+def strided_inputs(kind: str, dtype: torch.dtype, d: int = 32):
     """query, key, value [2, 3, 64, d] in unusual memory, and the leaves they come from."""
     generator = torch.Generator().manual_seed(4)
 
     def leaf(*shape):
-        return torch.randn(*shape, generator=generator).requires_grad_()
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
 
     if kind == "fused [B, N, 3, H, d]":
         fused = leaf(2, 64, 3, 3, d)
@@ -269,7 +269,7 @@ def test_strides(case, which, kind):
     layout = BlockLayout.from_mask(make_mask("mixed", 4), 16).to(case.device)
 
     def run(make_contiguous):
-        inputs, leaves = strided_inputs(kind)
+        inputs, leaves = strided_inputs(kind, case.dtype)
         inputs = [x.to(case.device) for x in inputs]
         if make_contiguous:
             inputs = [x.contiguous() for x in inputs]
@@ -277,7 +277,8 @@ def test_strides(case, which, kind):
             out = block_sparse_attention(*inputs, layout, backend=case.backend)
         else:
             out = dense_attention(*inputs, backend=case.backend)
-        dout = torch.linspace(-1, 1, 64)[:, None].expand_as(out)  # as strided as an input may be
+        dout = torch.linspace(-1, 1, 64, dtype=case.dtype)[:, None]
+        dout = dout.expand_as(out)  # as strided as an input may be
         return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(case.device))]
 
     for strided, contiguous in zip(run(False), run(True), strict=True):
@@ -297,7 +298,7 @@ def test_a_fused_projection_that_is_viewed_from_float16(case):
 @pytest.mark.parametrize("wanted", [w for w in itertools.product([0, 1], repeat=3) if any(w)])
 def test_gradients_of_any_subset(case, wanted, which):
     case.require(op=which, block_size=16)
-    *inputs, dout = (x.to(case.device) for x in make_inputs(2, 2, 64, 32))
+    *inputs, dout = (x.to(case.device) for x in make_inputs(2, 2, 64, 32, case.dtype))
     layout = BlockLayout.from_mask(make_mask("mixed", 4), 16).to(case.device)
 
     def run(*qkv):
@@ -316,7 +317,7 @@ def test_gradients_of_any_subset(case, wanted, which):
 
 def test_no_gradient_wanted(case):
     case.require(block_size=16)
-    *inputs, _ = (x.to(case.device) for x in make_inputs(1, 1, 64, 32))
+    *inputs, _ = (x.to(case.device) for x in make_inputs(1, 1, 64, 32, case.dtype))
     layout = BlockLayout.from_mask(make_mask("mixed", 4), 16).to(case.device)
     assert not block_sparse_attention(*inputs, layout, backend=case.backend).requires_grad
     with torch.no_grad():
@@ -329,7 +330,7 @@ def test_twice_in_one_graph(case):
     case.require(block_size=16)
     mask = make_mask("mixed", 4)
     layout = BlockLayout.from_mask(mask, 16).to(case.device)
-    *inputs, dout = make_inputs(2, 2, 64, 32)
+    *inputs, dout = make_inputs(2, 2, 64, 32, case.dtype)
 
     def of_case(query, key, value):
         inner = block_sparse_attention(query, key, value, layout, backend=case.backend)
@@ -352,7 +353,7 @@ def test_twice_in_one_graph(case):
 @pytest.mark.parametrize("which", ["sparse", "dense"])
 def test_second_derivative_is_refused(case, which):
     case.require(op=which, block_size=16)
-    *inputs, dout = (x.to(case.device) for x in make_inputs(1, 1, 64, 32))
+    *inputs, dout = (x.to(case.device) for x in make_inputs(1, 1, 64, 32, case.dtype))
     layout = BlockLayout.from_mask(make_mask("mixed", 4), 16).to(case.device)
     for wanted in range(3):
         leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
@@ -369,7 +370,7 @@ def test_second_derivative_is_refused(case, which):
 def test_autocast(case, which):
     """Inputs are rounded to autocast's dtype, the arithmetic inside is the same as without it."""
     case.require(op=which, dtype=BF16, block_size=16)
-    *inputs, dout = (x.to(case.device) for x in make_inputs(2, 2, 64, 32))
+    *inputs, dout = (x.to(case.device) for x in make_inputs(2, 2, 64, 32, FP32))
     layout = BlockLayout.from_mask(make_mask("mixed", 4), 16).to(case.device)
 
     def run(*qkv):
@@ -412,7 +413,7 @@ def check_compiled(case, which, compiler, kind):
 
     compiled = torch.compile(run, fullgraph=True, backend=compiler)
     for B in (2, 3):
-        *inputs, dout = (x.to(case.device) for x in make_inputs(B, 2, 64, 32))
+        *inputs, dout = (x.to(case.device) for x in make_inputs(B, 2, 64, 32, case.dtype))
         padding = ab.random_padding(B, 64, torch.Generator().manual_seed(5)).to(case.device)
         eager = forward_backward(lambda *qkv: run(*qkv, padding), inputs, dout)  # noqa: B023
         traced = forward_backward(lambda *qkv: compiled(*qkv, padding), inputs, dout)  # noqa: B023
@@ -432,7 +433,7 @@ def test_strides_beyond_int32(case, which, apart):
     """Views into one buffer whose examples, or first and last rows, lie 2**31 elements apart."""
     case.require(op=which, block_size=16)
     B, H, N, d = 2, 2, 64, 32
-    *inputs, dout = make_inputs(B, H, N, d)
+    *inputs, dout = make_inputs(B, H, N, d, case.dtype)
     size = B * H * N * d
     buffer = torch.empty(2**31 + 8 * size, device=case.device)  # only its used pages get memory
     row = 2**31 // (N - 1) + d
@@ -477,7 +478,7 @@ def test_same_input_same_bits(case, dtype):
 
 def test_order_and_company_of_examples_do_not_matter(case):
     case.require(block_size=16)
-    inputs = [x.to(case.device) for x in make_inputs(5, 2, 64, 32)]
+    inputs = [x.to(case.device) for x in make_inputs(5, 2, 64, 32, case.dtype)]
     padding = ab.random_padding(5, 64, torch.Generator().manual_seed(6)).to(case.device)
     layout = BlockLayout.from_mask(make_mask("mixed", 4), 16).to(case.device)
 
@@ -500,7 +501,7 @@ def test_order_and_company_of_examples_do_not_matter(case):
 @pytest.mark.parametrize("which", ["sparse", "dense"])
 def test_content_of_padding_does_not_matter(case, which):
     case.require(op=which, block_size=16)
-    *inputs, dout = (x.to(case.device) for x in make_inputs(3, 2, 64, 32))
+    *inputs, dout = (x.to(case.device) for x in make_inputs(3, 2, 64, 32, case.dtype))
     padding = ab.random_padding(3, 64, torch.Generator().manual_seed(7)).to(case.device)
     layout = BlockLayout.from_mask(make_mask("mixed", 4), 16).to(case.device)
 
@@ -650,7 +651,7 @@ def test_dense_keeps_nothing_of_size_n_squared(dense_case, padded, strided):
     B, H, N, d = 8, 2, 512, 32
     dense_case.require(op="dense", tokens=B * N)
     padding = ab.random_padding(B, N, torch.Generator()).to(dense_case.device) if padded else None
-    *inputs, dout = (x.to(dense_case.device) for x in make_inputs(B, H, N, d))
+    *inputs, dout = (x.to(dense_case.device) for x in make_inputs(B, H, N, d, dense_case.dtype))
     if strided:  # along d, where torch's fused kernel would not be taken
         inputs = [x.mT.contiguous().mT for x in inputs]
     with LargestTensor() as largest:
@@ -669,7 +670,7 @@ def test_sparse_memory_is_that_of_the_kept_blocks(case):
     B, H, N, d, bs = 2, 2, 512, 32, 16
     mask = torch.eye(N // bs, dtype=torch.bool) | torch.eye(N // bs, dtype=torch.bool).roll(1, 0)
     layout = BlockLayout.from_mask(mask, bs).to(case.device)
-    *inputs, dout = (x.to(case.device) for x in make_inputs(B, H, N, d))
+    *inputs, dout = (x.to(case.device) for x in make_inputs(B, H, N, d, case.dtype))
     with LargestTensor() as largest:
         forward_backward(
             lambda *qkv: block_sparse_attention(*qkv, layout, backend=case.backend), inputs, dout

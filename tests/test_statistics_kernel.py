@@ -83,7 +83,7 @@ def test_equals_float64(case, dtype, bs, groups, padded):
 @pytest.mark.parametrize("d", [16, 48, 64, 128])
 def test_head_dims(case, d):
     case.require(op="statistics", head_dim=d, block_size=16)
-    query, key, padding = make_inputs(d=d, padded=True)
+    query, key, padding = make_inputs(d=d, padded=True, dtype=case.dtype)
     check(case, query, key, padding, 16, 2)
 
 
@@ -92,14 +92,14 @@ def test_head_dims(case, d):
 )
 def test_shapes(case, B, H, N, bs):
     case.require(op="statistics", block_size=bs)
-    query, key, padding = make_inputs(B, H, N, padded=B > 1)
+    query, key, padding = make_inputs(B, H, N, padded=B > 1, dtype=case.dtype)
     check(case, query, key, padding, bs)
 
 
 @pytest.mark.parametrize("size", [200.0, 1e4])
 def test_large_scores(case, size):
     case.require(op="statistics", block_size=16)
-    query, key, padding = make_inputs(spread=1.0, padded=True)
+    query, key, padding = make_inputs(spread=1.0, padded=True, dtype=case.dtype)
     query = query * (size / ab.largest_score(query, key, 32**-0.5))
     check(case, query, key, padding, 16, 2)
 
@@ -114,7 +114,7 @@ def test_scale_and_strides(case):
 
 def test_without_the_full_mean(case):
     case.require(op="statistics", block_size=16)
-    query, key, padding = make_inputs(padded=True)
+    query, key, padding = make_inputs(padded=True, dtype=case.dtype)
     pooled = run(case, query, key, padding, block_size=16, groups=2, full=False)
     whole = run(case, query, key, padding, block_size=16, groups=2)
     assert pooled.mean_attention is None
@@ -127,7 +127,7 @@ def test_without_the_full_mean(case):
 def test_pattern_loss_from_the_statistics(case):
     """MSE over [B, H, nb, nb] from mean and mean square alone, value and gradient."""
     case.require(op="statistics", block_size=16)
-    query, key, padding = make_inputs(padded=True)
+    query, key, padding = make_inputs(padded=True, dtype=case.dtype)
     bs, nb = 16, 6
     pattern = torch.rand(nb, 32, generator=torch.Generator().manual_seed(1), dtype=FP64) / 8
     pattern.requires_grad_()
@@ -149,7 +149,7 @@ def test_pattern_loss_from_the_statistics(case):
 def test_micro_batches_add_up_in_one_buffer(case, groups):
     """Each group in two unequal micro-batches equals the whole batch at once."""
     case.require(op="statistics", block_size=16)
-    query, key, padding = make_inputs(B=groups * 4, padded=True)
+    query, key, padding = make_inputs(B=groups * 4, padded=True, dtype=case.dtype)
     N = query.shape[2]
     whole = run(case, query, key, padding, block_size=16, groups=groups).mean_attention
     buffer = torch.zeros(groups, N, N, device=case.device)
@@ -175,7 +175,7 @@ def test_micro_batches_add_up_in_one_buffer(case, groups):
 
 def test_no_gradient(case):
     case.require(op="statistics", block_size=16)
-    query, key, _ = make_inputs()
+    query, key, _ = make_inputs(dtype=case.dtype)
     got = run(case, query.requires_grad_(), key.requires_grad_(), None, block_size=16)
     assert not (got.mean_attention.requires_grad or got.pooled_mean.requires_grad)
     assert not got.pooled_square_mean.requires_grad
@@ -194,7 +194,7 @@ def test_autocast(case):
 
 def test_torch_compile(case):
     case.require(op="statistics", block_size=16)
-    query, key, _ = (x if x is None else x.to(case.device) for x in make_inputs())
+    query, key, _ = (x if x is None else x.to(case.device) for x in make_inputs(dtype=case.dtype))
 
     def total(query, key):
         got = attention_statistics(query * 1, key, block_size=16, backend=case.backend)
@@ -207,7 +207,7 @@ def test_torch_compile(case):
 
 def test_same_input_same_bits(case):
     case.require(op="statistics", block_size=16)
-    query, key, padding = make_inputs(padded=True)
+    query, key, padding = make_inputs(padded=True, dtype=case.dtype)
     first = run(case, query, key, padding, block_size=16)
     again = run(case, query, key, padding, block_size=16)
     assert torch.equal(first.mean_attention, again.mean_attention)
@@ -219,7 +219,7 @@ def test_same_input_same_bits(case):
 def test_memory(case, B, N, groups):
     """Statistics and attention of a dense step stay below max(2 groups N^2, 4 B N hidden)."""
     case.require(op="statistics", tokens=B * N)
-    query, key, padding = make_inputs(B, N=N, padded=True)
+    query, key, padding = make_inputs(B, N=N, padded=True, dtype=case.dtype)
     largest = 0
 
     class Largest(TorchDispatchMode):

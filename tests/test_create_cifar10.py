@@ -303,18 +303,19 @@ def small_tfds(shared_data, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("below", ["", "cifar10/3.0.2"])
-def test_tfds(small_tfds, tmp_path, below):
+def test_tfds(small_tfds, tmp_path):
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    assert run(cifar.run, "--tfds_dir", small_tfds / below, "--output_dir", tmp_path / "out") == 0
+    for below, out in (("", "out"), ("cifar10/3.0.2", "again")):
+        options = ["--tfds_dir", small_tfds / below, "--output_dir", tmp_path / out]
+        assert run(cifar.run, *options) == 0
     data = tfds.load("cifar10", data_dir=small_tfds, download=False)
     parts = {"train": ("train", 0, 450), "dev": ("train", 450, 500), "test": ("test", 0, 200)}
     for split, (origin, first, end) in parts.items():
         rows = list(tfds.as_numpy(data[origin]))[first:end]
         found = in_order(tmp_path / "out", split)
-        assert len(rows) == end - first
+        assert found == in_order(tmp_path / "again", split) and len(rows) == end - first
         assert found == [row(r["image"], int(r["label"])) for r in rows]
         # TensorFlow's own sum is a matrix product, whose rounding depends on the machine
         theirs = tf.image.rgb_to_grayscale(np.stack([r["image"] for r in rows])).numpy()
@@ -368,7 +369,7 @@ DAMAGED = {
     "text": (b"<html>not found</html>", "cut off or cannot be decoded"),
     "too small": (encoded(pixels_of(9)[:31]), "is not 32x32 pixels"),
     "large file": (b"\x89PNG" + bytes(2 << 20), "too large for a 32x32 picture"),
-    "huge picture": (encoded(np.zeros((9000, 9000), np.uint8)), "is not 32x32 pixels"),
+    "large picture": (encoded(np.zeros((2000, 2000), np.uint8)), "is not 32x32 pixels"),
 }
 
 

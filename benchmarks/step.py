@@ -527,7 +527,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=64, help="examples a step")
     parser.add_argument(
-        "--micro_batches", type=numbers, default=[8, 16, 32], help="each contender takes its fastest"
+        "--micro_batches",
+        type=numbers,
+        default=[8, 16, 32],
+        help="each contender takes its fastest",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -144,6 +144,61 @@ def test_c_refuses_what_it_cannot_do():
         native.check(native.load().sat_attention_forward(ctypes.byref(struct)), "forward")
 
 
+# ---- sanitizers ----------------------------------------------------------------------
+
+
+def run_sanitized(copy: Path, chosen: str) -> subprocess.CompletedProcess:
+    """Builds `copy` with AddressSanitizer and UBSan; runs the attention tests `chosen` over it."""
+    for name in ("test_attention_semantics.py", "attention_backends.py", "emulated_cuda.py"):
+        (copy / "tests").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "tests" / name, copy / "tests")
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    built = compile_sh(copy, CXX="g++", CXXFLAGS=flags, NVCC="no-nvcc")
+    assert built.returncode == 0, built.stderr
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {
+        "PYTHONPATH": str(copy),
+        "LD_PRELOAD": " ".join(found.stdout.strip() for found in runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", chosen]
+    return subprocess.run(
+        [*command, "tests/test_attention_semantics.py"],
+        cwd=copy,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    found = run_sanitized(clone(tmp_path), "cpu and not any_layout and not same_input")
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    assert "passed" in found.stdout
+
+
+@pytest.mark.slow
+def test_sanitizers_find_a_planted_overflow(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    copy = clone(tmp_path)
+    kernel = copy / "kernels" / "csrc" / "attention_kernel.h"
+    source = kernel.read_text()
+    right = "write_rows<D>(out, r * bs, bs, d, s.o, s.total)"
+    assert source.count(right) == 1
+    kernel.write_text(source.replace(right, right.replace(", bs, d", ", bs + 1, d")))
+    found = run_sanitized(copy, "cpu-portable and one_block")
+    assert found.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in found.stdout + found.stderr
+
+
 # ---- a library that does not fit the sources -----------------------------------------
 
 

@@ -22,12 +22,6 @@ const char* head_of(const SatTensor& t, int64_t type, long b, long h) {
     return static_cast<const char*>(t.data) + (b * t.batch + h * t.head) * (type == SAT_FLOAT32 ? 4 : 2);
 }
 
-void prefetch_rows(const SatTensor& t, int64_t type, const char* head, long first, int count, int d) {
-    const int size = type == SAT_FLOAT32 ? 4 : 2;
-    for (int i = 0; i < count; ++i)
-        for (int byte = 0; byte < d * size; byte += 64) __builtin_prefetch(head + (first + i) * t.row * size + byte);
-}
-
 // ---- padding ----
 
 enum KeysState : uint8_t { NO_KEY, SOME_KEYS, ALL_KEYS };
@@ -97,35 +91,6 @@ int spread(long threads, long count, int chunk, size_t floats, Make make, Work w
         }
     }
     return failed ? SAT_OUT_OF_MEMORY : SAT_OK;
-}
-
-// ---- tiles of keys ----
-
-// Calls use(first, real) for each tile of keys in `columns` that has a real key. The rows of K and V that come next are
-// fetched meanwhile: a tile is seldom used twice, and no hardware prefetcher knows the layout. `row` is the row of
-// blocks that `columns` belong to; the next tile of its last one is the first of row + 1.
-template <int TJ, class Use>
-SAT_INLINE void each_kept_tile(const SatAttention& call, const Blocks& columns, const uint8_t* real, long b, long h,
-                               long row, Use use) {
-    const int d = static_cast<int>(call.d), bs = static_cast<int>(call.bs);
-    const long nb = call.N / call.bs;
-    const char* k_head = head_of(call.key, call.type, b, h);
-    const char* v_head = head_of(call.value, call.type, b, h);
-    for (int n = 0; n < columns.count; ++n)
-        for (int t = 0; t < bs; t += TJ) {
-            const long first = static_cast<long>(columns[n]) * bs + t;
-            long next = first + TJ;
-            if (t + TJ == bs) {
-                const Blocks below = row + 1 < nb ? blocks_of(call.row_offsets, call.row_columns, row + 1, nb) : columns;
-                next = n + 1 < columns.count ? columns[n + 1] * static_cast<long>(bs)
-                       : below.count         ? below[0] * static_cast<long>(bs)
-                                             : first;
-            }
-            prefetch_rows(call.key, call.type, k_head, next, TJ, d);
-            prefetch_rows(call.value, call.type, v_head, next, TJ, d);
-            const KeysState state = state_of(real ? real + first : nullptr, TJ);
-            if (state != NO_KEY) use(first, state == ALL_KEYS ? nullptr : real + first);
-        }
 }
 
 }    // namespace

@@ -3,7 +3,7 @@
 // The unit of work is a tile: TI queries by TJ keys of one (batch, head). Its scores are held transposed, [TJ][TI],
 // so that vector lanes are queries:
 //   - the softmax needs no reduction across lanes, and a padded key is a row that is set to zero;
-//   - only Q (and dO) of the row of blocks at hand are repacked as [d][TI]; K and V are read where they are.
+//   - only Q (and dO) of the row of blocks at hand are repacked as [d][TI]; of K and V, rows are copied side by side.
 // The other factor of every product is broadcast one element at a time:
 //     S[j][i] = sum_c K[j][c] Qt[c][i]      dP[j][i] = sum_c V[j][c] dOt[c][i]       lanes: queries
 //     O[i][c] += sum_j P[j][i] V[j][c]      dQ[i][c] += sum_j dS[j][i] K[j][c]       lanes: head_dim
@@ -30,31 +30,89 @@ constexpr int REGISTERS = 32;
 #endif
 constexpr int MAX_PANEL = 4;    // vectors side by side in a product's accumulators
 
-// Rows of a product's accumulators: NR * NV of them, NV loaded vectors or one, and NR broadcasts must fit the registers.
-constexpr int rows_at_once(int vectors) { return (REGISTERS - 4) / vectors < 12 ? (REGISTERS - 4) / vectors : 12; }
+// Rows of a product's accumulators: NR * NV of them, and what they are multiplied with, must fit the registers.
+constexpr int rows_at_once(int vectors) {
+    const int rows = REGISTERS == 32 ? (REGISTERS - vectors - 1) / vectors : (REGISTERS - 4) / vectors;
+    return rows < 12 ? rows : 12;
+}
+
+// ---- memory that comes next ----
+
+constexpr int GRANULE = 16;    // d, block sizes and so the depths of all products are multiples of it
+
+// Cache lines that will be used soon: the same line of GRANULE rows of a tensor each. The inner loops of products fetch
+// one of them to read and one to write at every step, so that some are always on their way and never so many that other
+// loads must wait. A kept block is seldom used twice, and no hardware prefetcher knows the layout.
+class Ahead {
+  public:
+    struct Lines {
+        const char* line;
+        long stride;
+    };
+    void clear() { num_reads_ = num_writes_ = next_read_ = next_write_ = 0; }
+
+    // Rows of `bytes` bytes; `rows` is a multiple of GRANULE. What finds no room is not fetched.
+    void add_read(const char* first, long stride, int rows, int bytes) {
+        add(reads_, num_reads_, first, stride, rows, bytes);
+    }
+    void add_write(const char* first, long stride, int rows, int bytes) {
+        add(writes_, num_writes_, first, stride, rows, bytes);
+    }
+
+    // The next lines; where there are none, one that is near anyway.
+    SAT_INLINE Lines read() { return next_read_ < num_reads_ ? reads_[next_read_++] : near(); }
+    SAT_INLINE Lines write() { return next_write_ < num_writes_ ? writes_[next_write_++] : near(); }
+
+  private:
+    static constexpr int ROOM = 224;    // K and V of a tile, Q, dO and O of a block, all 128 x 128
+    static void add(Lines* to, int& count, const char* first, long stride, int rows, int bytes) {
+        for (; rows > 0; rows -= GRANULE, first += GRANULE * stride)
+            for (int byte = 0; byte < bytes && count < ROOM; byte += 64) to[count++] = {first + byte, stride};
+    }
+    Lines near() const { return {reinterpret_cast<const char*>(this), 0}; }
+    int num_reads_ = 0, num_writes_ = 0, next_read_ = 0, next_write_ = 0;
+    Lines reads_[ROOM], writes_[ROOM];
+};
 
 // ---- products ----
 
 // NR x NV accumulators over `depth`, then emit(row, accumulators).
 template <int NR, int NV, class Emit>
 SAT_INLINE void micro(int row, long depth, const float* a, long a_row, long a_depth, const float* b, long b_depth,
-                      Emit& emit) {
+                      Ahead& ahead, Emit& emit) {
     vec acc[NR][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) acc[r][v] = vec{};
     a += row * a_row;
-#pragma GCC unroll 2
-    for (long k = 0; k < depth; ++k) {
-        vec x[NR];
+    for (long granule = 0; granule < depth; granule += GRANULE) {
+        Ahead::Lines reads = ahead.read(), writes = ahead.write();
+        for (long k = granule; k < granule + GRANULE; ++k) {
+            prefetch_to_read(reads.line);
+            prefetch_to_write(writes.line);
+            reads.line += reads.stride, writes.line += writes.stride;
+            if constexpr (REGISTERS == 32) {
+                vec y[NV];
 #pragma GCC unroll 16
-        for (int r = 0; r < NR; ++r) x[r] = splat(a[r * a_row + k * a_depth]);
+                for (int v = 0; v < NV; ++v) y[v] = load(b + k * b_depth + v * W);
 #pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) {
-            vec y = load(b + k * b_depth + v * W);
+                for (int r = 0; r < NR; ++r) {
+                    const vec x = splat(a[r * a_row + k * a_depth]);
 #pragma GCC unroll 16
-            for (int r = 0; r < NR; ++r) acc[r][v] += x[r] * y;
+                    for (int v = 0; v < NV; ++v) acc[r][v] += x * y[v];
+                }
+            } else {
+                vec x[NR];
+#pragma GCC unroll 16
+                for (int r = 0; r < NR; ++r) x[r] = splat(a[r * a_row + k * a_depth]);
+#pragma GCC unroll 16
+                for (int v = 0; v < NV; ++v) {
+                    const vec y = load(b + k * b_depth + v * W);
+#pragma GCC unroll 16
+                    for (int r = 0; r < NR; ++r) acc[r][v] += x[r] * y;
+                }
+            }
         }
     }
     emit(row, acc);
@@ -62,95 +120,119 @@ SAT_INLINE void micro(int row, long depth, const float* a, long a_row, long a_de
 
 template <int NR, int NV, class Emit>
 SAT_INLINE void micro_rest(int rest, int row, long depth, const float* a, long a_row, long a_depth, const float* b,
-                           long b_depth, Emit& emit) {
+                           long b_depth, Ahead& ahead, Emit& emit) {
     if constexpr (NR > 0) {
         if (rest == NR)
-            micro<NR, NV>(row, depth, a, a_row, a_depth, b, b_depth, emit);
+            micro<NR, NV>(row, depth, a, a_row, a_depth, b, b_depth, ahead, emit);
         else
-            micro_rest<NR - 1, NV>(rest, row, depth, a, a_row, a_depth, b, b_depth, emit);
+            micro_rest<NR - 1, NV>(rest, row, depth, a, a_row, a_depth, b, b_depth, ahead, emit);
     }
 }
 
 // C[r][lanes] for ROWS rows and NV vectors: sum_k a[r * a_row + k * a_depth] * b[k * b_depth + lanes].
 template <int ROWS, int NV, class Emit>
-SAT_INLINE void panel(long depth, const float* a, long a_row, long a_depth, const float* b, long b_depth,
+SAT_INLINE void panel(long depth, const float* a, long a_row, long a_depth, const float* b, long b_depth, Ahead& ahead,
                       Emit emit) {
     constexpr int NR = rows_at_once(NV);
     constexpr int WHOLE = ROWS / NR * NR;
-    for (int row = 0; row < WHOLE; row += NR) micro<NR, NV>(row, depth, a, a_row, a_depth, b, b_depth, emit);
-    micro_rest<NR - 1, NV>(ROWS - WHOLE, WHOLE, depth, a, a_row, a_depth, b, b_depth, emit);
+    for (int row = 0; row < WHOLE; row += NR) micro<NR, NV>(row, depth, a, a_row, a_depth, b, b_depth, ahead, emit);
+    micro_rest<NR - 1, NV>(ROWS - WHOLE, WHOLE, depth, a, a_row, a_depth, b, b_depth, ahead, emit);
 }
 
-// c[r][lanes] += sum_k a * b over `columns` lanes, a multiple of 16 (and of W).
-template <int ROWS, int NV = MAX_PANEL>
+// c[r][lanes] (FIRST: =, else +=) sum_k a * b over `columns` lanes, a multiple of 16 (and of W).
+template <int ROWS, bool FIRST, int NV = MAX_PANEL>
 SAT_INLINE void add_product(long depth, const float* a, long a_row, long a_depth, const float* b, long b_depth, float* c,
-                            long c_row, int columns) {
+                            long c_row, int columns, Ahead& ahead) {
     int first = 0;
     for (; first + NV * W <= columns; first += NV * W)
-        panel<ROWS, NV>(depth, a, a_row, a_depth, b + first, b_depth, [&](int row, auto& acc) {
+        panel<ROWS, NV>(depth, a, a_row, a_depth, b + first, b_depth, ahead, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
 #pragma GCC unroll 16
             for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 16
                 for (int v = 0; v < NV; ++v) {
                     float* p = c + (row + r) * c_row + first + v * W;
-                    store(p, load(p) + acc[r][v]);
+                    store(p, FIRST ? acc[r][v] : load(p) + acc[r][v]);
                 }
         });
     if constexpr (NV > 1)
         if (first < columns)
-            add_product<ROWS, NV - 1>(depth, a, a_row, a_depth, b + first, b_depth, c + first, c_row, columns - first);
+            add_product<ROWS, FIRST, NV - 1>(depth, a, a_row, a_depth, b + first, b_depth, c + first, c_row,
+                                             columns - first, ahead);
 }
 
 // ---- tensors ----
 
-// Rows of fp32 with unit column stride.
-struct Rows {
-    const float* data;
-    long stride;
-    const float* row(long i) const { return data + i * stride; }
+// One head of a [B, H, N, d] tensor.
+struct Head {
+    char* data;
+    long row, column;    // strides in elements
+    int64_t type;
+
+    Head(const SatTensor& t, int64_t type, long b, long h)
+        : data(const_cast<char*>(head_of(t, type, b, h))), row(t.row), column(t.column), type(type) {}
+    static int size_of(int64_t type) { return type == SAT_FLOAT32 ? 4 : 2; }
+    long row_bytes() const { return row * size_of(type); }
+    char* at(long i) const { return data + i * row_bytes(); }
 };
 
-// Rows [first, first + count) of one head: in place where they are fp32 with unit stride, else converted to `scratch`.
-Rows rows_of(const SatTensor& t, int64_t type, const char* head, long first, int count, int d, float* scratch) {
-    if (type == SAT_FLOAT32) {
-        const float* p = reinterpret_cast<const float*>(head) + first * t.row;
-        if (t.column == 1) return {p, t.row};
+template <int D, class T>
+SAT_INLINE void convert_rows(const T* p, long row, long column, int count, int d, float* to) {
+    if (column == 1)
+#pragma GCC unroll 4
         for (int i = 0; i < count; ++i)
-            for (int c = 0; c < d; ++c) scratch[i * d + c] = p[i * t.row + c * t.column];
-    } else {
-        const bf16* p = reinterpret_cast<const bf16*>(head) + first * t.row;
+            for (int c = 0; c < d; c += W) store(to + i * d + c, load(p + i * row + c));
+    else
         for (int i = 0; i < count; ++i)
-            if (t.column == 1)
-                for (int c = 0; c < d; c += W) store(scratch + i * d + c, load(p + i * t.row + c));
-            else
-                for (int c = 0; c < d; ++c) scratch[i * d + c] = to_float(p[i * t.row + c * t.column]);
-    }
-    return {scratch, d};
+            for (int c = 0; c < d; ++c) to[i * d + c] = to_float(p[i * row + c * column]);
 }
 
-// Writes rows scratch[i][c] * factor[i] to rows [first, first + count) of a head.
-void write_rows(const SatTensor& t, int64_t type, const char* head, long first, int count, int d, const float* scratch,
-                const float* factor) {
+// Rows [first, first + count) as fp32 [count][d]. Copied even where they are that already: a distance between rows that
+// the compiler knows, and none that is a multiple of many cache lines, is worth more than the copy in what follows.
+template <int D>
+__attribute__((noinline)) void read_rows(const Head& head, long first, int count, int dim, float* to) {
+    const int d = D ? D : dim;
+    if (head.type == SAT_FLOAT32)
+        convert_rows<D>(reinterpret_cast<const float*>(head.at(first)), head.row, head.column, count, d, to);
+    else
+        convert_rows<D>(reinterpret_cast<const bf16*>(head.at(first)), head.row, head.column, count, d, to);
+}
+
+template <int D, class T>
+SAT_INLINE void convert_back(const float* from, const float* factor, int count, int d, T* p, long row) {
+#pragma GCC unroll 4
     for (int i = 0; i < count; ++i)
-        for (int c = 0; c < d; c += W) {
-            vec x = load(scratch + i * d + c) * factor[i];
-            if (type == SAT_FLOAT32)
-                store(const_cast<float*>(reinterpret_cast<const float*>(head)) + (first + i) * t.row + c, x);
-            else
-                store(const_cast<bf16*>(reinterpret_cast<const bf16*>(head)) + (first + i) * t.row + c, x);
-        }
+        for (int c = 0; c < d; c += W) store(p + i * row + c, load(from + i * d + c) * factor[i]);
+}
+
+// Rows [first, first + count) become from[i][c] * factor[i].
+template <int D>
+__attribute__((noinline)) void write_rows(const Head& head, long first, int count, int dim, const float* from,
+                                          const float* factor) {
+    const int d = D ? D : dim;
+    if (head.type == SAT_FLOAT32)
+        convert_back<D>(from, factor, count, d, reinterpret_cast<float*>(head.at(first)), head.row);
+    else
+        convert_back<D>(from, factor, count, d, reinterpret_cast<bf16*>(head.at(first)), head.row);
+}
+
+void zero_rows(const Head& head, long first, int count, int d) {
+    const int bytes = d * Head::size_of(head.type);
+    for (int i = 0; i < count; ++i) {
+        char* row = head.at(first + i);
+        for (int byte = 0; byte < bytes; byte += 32) memset(row + byte, 0, 32);    // inlined
+    }
 }
 
 // [count][d] -> tiles of [d][TI], times `factor`.
 template <int TI>
-void pack(Rows rows, int count, int d, float factor, float* packed) {
+void pack(const float* rows, int count, int d, float factor, float* packed) {
     for (int i = 0; i < count; i += W) {
         float* tile = packed + i / TI * TI * d + i % TI;
         for (int c = 0; c < d; c += W) {
             vec x[W];
 #pragma GCC unroll 16
-            for (int r = 0; r < W; ++r) x[r] = load(rows.row(i + r) + c) * factor;
+            for (int r = 0; r < W; ++r) x[r] = load(rows + (i + r) * d + c) * factor;
             transpose(x);
 #pragma GCC unroll 16
             for (int r = 0; r < W; ++r) store(tile + (c + r) * TI, x[r]);
@@ -158,7 +240,7 @@ void pack(Rows rows, int count, int d, float factor, float* packed) {
     }
 }
 
-// ---- forward ----
+// ---- forward and backward ----
 
 template <int D, int TI, int TJ>
 struct Kernel {
@@ -174,13 +256,17 @@ struct Kernel {
     static_assert(TI % W == 0 && NV <= MAX_PANEL, "a tile is at most one panel wide");
 
     const uint8_t* real_of(long b) const { return call.real ? call.real + b * call.N : nullptr; }
+    Head head(const SatTensor& t, long b, long h) const { return Head(t, call.type, b, h); }
+    int row_bytes() const { return d * Head::size_of(call.type); }
+    Blocks row_blocks(long r) const { return blocks_of(call.row_offsets, call.row_columns, r, nb); }
+
+    // ---- tiles ----
 
     // p[j][i] = exp2(k_j . qt_i - reference[i]), zero at padded keys; adds the sums over j to total[i].
-    static __attribute__((noinline)) void exp_scores(int d_, const Rows& k, const float* qt, const float* reference,
-                                                     const uint8_t* real, float* p, float* total) {
+    static __attribute__((noinline)) void exp_scores(int d_, const float* k, const float* qt, const float* reference,
+                                                     const uint8_t* real, float* p, float* total, Ahead& ahead) {
         const int dim = D ? D : d_;
-        // The exponentials of one group of rows overlap with the products of the next.
-        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, [&](int row, auto& acc) {
+        panel<TJ, NV>(dim, k, dim, 1, qt, TI, ahead, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
 #pragma GCC unroll 16
             for (int v = 0; v < NV; ++v) {
@@ -193,16 +279,16 @@ struct Kernel {
                     sum += x;
                     store(p + (row + r) * TI + v * W, x);
                 }
-                store(total + v * W, load(total + v * W) + sum);
+                if (total) store(total + v * W, load(total + v * W) + sum);
             }
         });
     }
 
     // top[i] = max over real keys of k_j . qt_i and top[i].
-    static __attribute__((noinline)) void max_scores(int d_, const Rows& k, const float* qt, const uint8_t* real,
-                                                     float* top) {
+    static __attribute__((noinline)) void max_scores(int d_, const float* k, const float* qt, const uint8_t* real,
+                                                     float* top, Ahead& ahead) {
         const int dim = D ? D : d_;
-        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, [&](int row, auto& acc) {
+        panel<TJ, NV>(dim, k, dim, 1, qt, TI, ahead, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
             for (int r = 0; r < NR; ++r)
                 if (!real || real[row + r])
@@ -210,73 +296,144 @@ struct Kernel {
         });
     }
 
-    static __attribute__((noinline)) void add_values(int d_, const Rows& v, const float* p, float* o) {
+    // p[j][i] *= v_j . dot_i - delta[i]: the gradients of the scores.
+    static __attribute__((noinline)) void score_gradients(int d_, const float* v, const float* dot, const float* delta,
+                                                          float* p, Ahead& ahead) {
         const int dim = D ? D : d_;
-        add_product<TI>(TJ, p, 1, TI, v.data, v.stride, o, dim, dim);
+        panel<TJ, NV>(dim, v, dim, 1, dot, TI, ahead, [&](int row, auto& acc) {
+            constexpr int NR = sizeof(acc) / sizeof(acc[0]);
+#pragma GCC unroll 16
+            for (int v = 0; v < NV; ++v) {
+                const vec shift = load(delta + v * W);
+#pragma GCC unroll 16
+                for (int r = 0; r < NR; ++r) {
+                    float* x = p + (row + r) * TI + v * W;
+                    store(x, load(x) * (acc[r][v] - shift));
+                }
+            }
+        });
     }
+
+    // o[i][c] (+)= sum_j p[j][i] v[j][c], o [TI][d].
+    template <bool FIRST>
+    static __attribute__((noinline)) void add_values(int d_, const float* v, const float* p, float* o, Ahead& ahead) {
+        const int dim = D ? D : d_;
+        add_product<TI, FIRST>(TJ, p, 1, TI, v, dim, o, dim, dim, ahead);
+    }
+
+    // dk[j][c] (+)= sum_i p[j][i] q[i][c]
+    template <bool FIRST>
+    static __attribute__((noinline)) void add_keys(int d_, const float* p, const float* q, float* dk, long stride,
+                                                   Ahead& ahead) {
+        const int dim = D ? D : d_;
+        add_product<TJ, FIRST>(TI, p, TI, 1, q, dim, dk, stride, dim, ahead);
+    }
+
+    // Calls use(first, real) for each tile of keys in `columns` that has a real key, after prepare(next): `next` is the
+    // first key of the tile that follows in `columns`, or -1.
+    template <class Prepare, class Use>
+    SAT_INLINE void each_tile(const Blocks& columns, const uint8_t* real, Prepare prepare, Use use) const {
+        for (int n = 0; n < columns.count; ++n)
+            for (int t = 0; t < bs; t += TJ) {
+                const long first = static_cast<long>(columns[n]) * bs + t;
+                const KeysState state = state_of(real ? real + first : nullptr, TJ);
+                if (state == NO_KEY) continue;
+                const long after = n + 1 < columns.count ? columns[n + 1] * static_cast<long>(bs) : -1;
+                prepare(t + TJ < bs ? first + TJ : after);
+                use(first, state == ALL_KEYS ? nullptr : real + first);
+            }
+    }
+
+    // The next row of blocks that keeps any; nb if there is none.
+    long row_after(long r) const {
+        do ++r;
+        while (r < nb && row_blocks(r).count == 0);
+        return r;
+    }
+
+    void fetch(Ahead& ahead, const Head& head, long first, int count) const {
+        ahead.add_read(head.at(first), head.row_bytes(), count, row_bytes());
+    }
+    void fetch_to_write(Ahead& ahead, const Head& head, long first, int count) const {
+        ahead.add_write(head.at(first), head.row_bytes(), count, row_bytes());
+    }
+
+    // ---- forward ----
 
     struct Forward {
-        float *rows, *keys, *values;    // converted inputs
-        float* qt;                      // [bs / TI][d][TI]
-        float* o;                       // [bs][d]
-        float* p;                       // [TJ][TI]
-        float *reference, *total;       // [bs]
-        static size_t size(int d) {
-            return 3 * MAX_BLOCK * d + 2 * TJ * d + TJ * TI + 2 * MAX_BLOCK;
-        }
-        Forward(Scratch& scratch, int d)
-            : rows(scratch.take(MAX_BLOCK * d)), keys(scratch.take(TJ * d)), values(scratch.take(TJ * d)),
-              qt(scratch.take(MAX_BLOCK * d)), o(scratch.take(MAX_BLOCK * d)), p(scratch.take(TJ * TI)),
-              reference(scratch.take(MAX_BLOCK)), total(scratch.take(MAX_BLOCK)) {}
+        float *rows;               // [bs][d]
+        float *keys, *values;      // [TJ][d]
+        float* qt;                 // [bs / TI][d][TI]
+        float* o;                  // [bs][d]
+        float* p;                  // [TJ][TI]
+        float *reference, *total;  // [bs]
+        static size_t size(int d, int bs) { return 3 * bs * d + 2 * TJ * d + TJ * TI + 2 * bs; }
+        Forward(Scratch& scratch, int d, int bs)
+            : rows(scratch.take(bs * d)), keys(scratch.take(TJ * d)), values(scratch.take(TJ * d)),
+              qt(scratch.take(bs * d)), o(scratch.take(bs * d)), p(scratch.take(TJ * TI)),
+              reference(scratch.take(bs)), total(scratch.take(bs)) {}
     };
 
-    template <class Use>
-    SAT_INLINE void each_tile(const Blocks& columns, const uint8_t* real, long b, long h, long row, Use use) const {
-        each_kept_tile<TJ>(call, columns, real, b, h, row, use);
-    }
-
     void forward_row(long b, long h, long r, const Forward& s) const {
-        const char* q_head = head_of(call.query, call.type, b, h);
-        const char* k_head = head_of(call.key, call.type, b, h);
-        const char* v_head = head_of(call.value, call.type, b, h);
+        const Head query = head(call.query, b, h), key = head(call.key, b, h), value = head(call.value, b, h);
+        const Head out = head(call.out, b, h);
         const uint8_t* real = real_of(b);
-        const Blocks columns = blocks_of(call.row_offsets, call.row_columns, r, nb);
+        const Blocks columns = row_blocks(r);
         const long num_pruned = call.pruned_zero ? (nb - columns.count) * bs : 0;
+        float* lse = call.lse + (b * call.H + h) * call.N + r * bs;
 
-        pack<TI>(rows_of(call.query, call.type, q_head, r * bs, bs, d, s.rows), bs, d, call.scale * LOG2E, s.qt);
-        if (r + 1 < nb) prefetch_rows(call.query, call.type, q_head, (r + 1) * bs, bs, d);
+        Ahead ahead;
         bool any_key = false;
+        auto prepare = [&](long next) {
+            const bool last = next < 0;
+            const long below = last ? row_after(r) : nb;
+            ahead.clear();
+            if (below < nb) next = row_blocks(below)[0] * static_cast<long>(bs);
+            if (last) fetch_to_write(ahead, out, r * bs, bs);
+            if (below < nb) fetch(ahead, query, below * bs, bs);
+            if (next >= 0) {
+                fetch(ahead, key, next, TJ);
+                fetch(ahead, value, next, TJ);
+            }
+        };
         auto sweep = [&] {
-            memset(s.o, 0, sizeof(float) * bs * d);
+            any_key = false;
             memset(s.total, 0, sizeof(float) * bs);
-            each_tile(columns, real, b, h, r, [&](long first, const uint8_t* mask) {
-                any_key = true;
-                const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
-                const Rows v = rows_of(call.value, call.type, v_head, first, TJ, d, s.values);
+            each_tile(columns, real, prepare, [&](long first, const uint8_t* mask) {
+                read_rows<D>(key, first, TJ, d, s.keys);
+                read_rows<D>(value, first, TJ, d, s.values);
                 for (int i = 0; i < bs; i += TI) {
-                    exp_scores(d, k, s.qt + i * d, s.reference + i, mask, s.p, s.total + i);
-                    add_values(d, v, s.p, s.o + i * d);
+                    exp_scores(d, s.keys, s.qt + i * d, s.reference + i, mask, s.p, s.total + i, ahead);
+                    if (any_key)
+                        add_values<false>(d, s.values, s.p, s.o + i * d, ahead);
+                    else
+                        add_values<true>(d, s.values, s.p, s.o + i * d, ahead);
                 }
+                any_key = true;
             });
         };
-        memset(s.reference, 0, sizeof(float) * bs);
-        sweep();
-        float* lse = call.lse + (b * call.H + h) * call.N + r * bs;
-        if (!any_key) {
-            for (int i = 0; i < bs; ++i) s.total[i] = 0, lse[i] = HUGE_LSE;
-        } else {
-            if (!add_pruned(s, num_pruned)) {
-                find_maxima(columns, real, b, h, r, num_pruned, s);
-                sweep();
-                add_pruned(s, num_pruned);
-            }
-            for (int i = 0; i < bs; i += W) {
-                const vec total = load(s.total + i);
-                store(lse + i, log2(total) + load(s.reference + i));
-                store(s.total + i, 1.0f / total);
-            }
+        if (columns.count) {
+            read_rows<D>(query, r * bs, bs, d, s.rows);
+            pack<TI>(s.rows, bs, d, call.scale * LOG2E, s.qt);
+            memset(s.reference, 0, sizeof(float) * bs);
+            sweep();
         }
-        write_rows(call.out, call.type, head_of(call.out, call.type, b, h), r * bs, bs, d, s.o, s.total);
+        if (!any_key) {
+            for (int i = 0; i < bs; ++i) lse[i] = HUGE_LSE;
+            zero_rows(out, r * bs, bs, d);
+            return;
+        }
+        if (!add_pruned(s, num_pruned)) {
+            find_maxima(columns, real, key, num_pruned, s);
+            sweep();
+            add_pruned(s, num_pruned);
+        }
+        for (int i = 0; i < bs; i += W) {
+            const vec total = load(s.total + i);
+            store(lse + i, log2(total) + load(s.reference + i));
+            store(s.total + i, 1.0f / total);
+        }
+        write_rows<D>(out, r * bs, bs, d, s.o, s.total);
     }
 
     // Adds the pruned logits to the sums; false if one lies outside the range where they are exact.
@@ -286,182 +443,214 @@ struct Kernel {
             vec total = load(s.total + i);
             if (num_pruned) total += exp2(-load(s.reference + i)) * static_cast<float>(num_pruned);
             store(s.total + i, total);
-            for (int lane = 0; lane < W; ++lane) safe &= total[lane] > 1 / SAFE_SUM && total[lane] < SAFE_SUM;
+            safe &= within(total, 1 / SAFE_SUM, SAFE_SUM);
         }
         return safe;
     }
 
-    __attribute__((noinline)) void find_maxima(const Blocks& columns, const uint8_t* real, long b, long h, long r,
+    __attribute__((noinline)) void find_maxima(const Blocks& columns, const uint8_t* real, const Head& key,
                                                long num_pruned, const Forward& s) const {
-        const char* k_head = head_of(call.key, call.type, b, h);
         for (int i = 0; i < bs; ++i) s.reference[i] = num_pruned ? 0.0f : -__builtin_inff();
-        each_tile(columns, real, b, h, r, [&](long first, const uint8_t* mask) {
-            const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
-            for (int i = 0; i < bs; i += TI) max_scores(d, k, s.qt + i * d, mask, s.reference + i);
+        Ahead ahead;
+        each_tile(columns, real, [](long) {}, [&](long first, const uint8_t* mask) {
+            read_rows<D>(key, first, TJ, d, s.keys);
+            for (int i = 0; i < bs; i += TI) max_scores(d, s.keys, s.qt + i * d, mask, s.reference + i, ahead);
         });
     }
 
     // ---- backward ----
 
     struct Backward {
-        float *rows, *drows, *orows, *keys, *values;    // converted inputs
-        float *qt, *dot;                                // [bs / TI][d][TI]
-        float* dq;                                      // [bs][d]
-        float *p, *ds;                                  // [TJ][TI]
-        float *lse, *delta, *ones;          // [bs]
-        float *dk, *dv;                                 // [`accumulated`][d], only where outputs are not fp32
-        static size_t size(int d, long accumulated) {
-            return 6 * MAX_BLOCK * d + 2 * TJ * d + 2 * TJ * TI + 3 * MAX_BLOCK + 2 * accumulated * d;
+        float *rows, *drows, *orows;    // [bs][d] Q, dO, O
+        float *keys, *values;           // [TJ][d]
+        float *qt, *dot;                // [bs / TI][d][TI]
+        float* dq;                      // [bs][d]
+        float* p;                       // [TJ][TI]
+        float *lse, *delta, *ones;      // [bs]
+        float *dk, *dv;                 // [`accumulated`][d], only where outputs are not fp32
+        static size_t size(int d, int bs, long accumulated) {
+            return 6 * bs * d + 2 * TJ * d + TJ * TI + 3 * bs + 2 * accumulated * d;
         }
-        Backward(Scratch& scratch, int d, long accumulated)
-            : rows(scratch.take(MAX_BLOCK * d)), drows(scratch.take(MAX_BLOCK * d)), orows(scratch.take(MAX_BLOCK * d)),
-              keys(scratch.take(TJ * d)), values(scratch.take(TJ * d)), qt(scratch.take(MAX_BLOCK * d)),
-              dot(scratch.take(MAX_BLOCK * d)), dq(scratch.take(MAX_BLOCK * d)), p(scratch.take(TJ * TI)),
-              ds(scratch.take(TJ * TI)), lse(scratch.take(MAX_BLOCK)), delta(scratch.take(MAX_BLOCK)),
-              ones(scratch.take(MAX_BLOCK)), dk(scratch.take(accumulated * d)), dv(scratch.take(accumulated * d)) {
-            for (int i = 0; i < MAX_BLOCK; ++i) ones[i] = 1.0f;
+        Backward(Scratch& scratch, int d, int bs, long accumulated)
+            : rows(scratch.take(bs * d)), drows(scratch.take(bs * d)), orows(scratch.take(bs * d)),
+              keys(scratch.take(TJ * d)), values(scratch.take(TJ * d)), qt(scratch.take(bs * d)),
+              dot(scratch.take(bs * d)), dq(scratch.take(bs * d)), p(scratch.take(TJ * TI)), lse(scratch.take(bs)),
+              delta(scratch.take(bs)), ones(scratch.take(bs)), dk(scratch.take(accumulated * d)),
+              dv(scratch.take(accumulated * d)) {
+            for (int i = 0; i < bs; ++i) ones[i] = 1.0f;
         }
     };
 
-    // What one row of blocks contributes: natural rows of Q and dO, and the packed forms.
-    struct RowInputs {
-        Rows q, dout;
-    };
-
-    RowInputs load_row(long b, long h, long r, const Backward& s) const {
-        const Rows q = rows_of(call.query, call.type, head_of(call.query, call.type, b, h), r * bs, bs, d, s.rows);
-        const Rows dout = rows_of(call.dout, call.type, head_of(call.dout, call.type, b, h), r * bs, bs, d, s.drows);
-        const Rows out = rows_of(call.out, call.type, head_of(call.out, call.type, b, h), r * bs, bs, d, s.orows);
-        pack<TI>(q, bs, d, call.scale * LOG2E, s.qt);
-        pack<TI>(dout, bs, d, call.scale, s.dot);
-        const SatTensor* const inputs[] = {&call.query, &call.dout, &call.out};
-        if (r + 1 < nb)
-            for (const SatTensor* t : inputs)
-                prefetch_rows(*t, call.type, head_of(*t, call.type, b, h), (r + 1) * bs, bs, d);
-        const float* lse = call.lse + (b * call.H + h) * call.N + r * bs;
-        for (int i = 0; i < bs; ++i) {
-            vec delta{};
-            for (int c = 0; c < d; c += W) delta += load(dout.row(i) + c) * load(out.row(i) + c);
-            s.lse[i] = lse[i];
-            s.delta[i] = call.scale * sum(delta);
-        }
-        return {q, dout};
-    }
-
-    // p = exp2(k . qt - lse), zero at padded keys; ds = p * (v . dot - delta).
-    static __attribute__((noinline)) void score_gradients(int d_, const Rows& k, const Rows& v, const float* qt,
-                                                          const float* dot, const float* lse,
-                                                          const float* delta, const uint8_t* real, float* p,
-                                                          float* ds) {
-        const int dim = D ? D : d_;
-        auto keep = [](float* to) {
-            return [to](int row, auto& acc) {
-                constexpr int NR = sizeof(acc) / sizeof(acc[0]);
-#pragma GCC unroll 16
-                for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 16
-                    for (int v = 0; v < NV; ++v) store(to + (row + r) * TI + v * W, acc[r][v]);
-            };
-        };
-        panel<TJ, NV>(dim, k.data, k.stride, 1, qt, TI, keep(p));
-        panel<TJ, NV>(dim, v.data, v.stride, 1, dot, TI, keep(ds));
-        for (int j = 0; j < TJ; ++j)
-#pragma GCC unroll 16
-            for (int v = 0; v < NV; ++v) {
-                vec x = exp2(load(p + j * TI + v * W) - load(lse + v * W));
-                if (real && !real[j]) x = vec{};
-                store(p + j * TI + v * W, x);
-                store(ds + j * TI + v * W, x * (load(ds + j * TI + v * W) - load(delta + v * W)));
+    // What a row of blocks contributes: rows of Q and dO as they are and packed, log-denominators, D = scale * dO . O.
+    void load_row(long b, long h, long r, const Backward& s) const {
+        read_rows<D>(head(call.query, b, h), r * bs, bs, d, s.rows);
+        read_rows<D>(head(call.dout, b, h), r * bs, bs, d, s.drows);
+        read_rows<D>(head(call.out, b, h), r * bs, bs, d, s.orows);
+        pack<TI>(s.rows, bs, d, call.scale * LOG2E, s.qt);
+        pack<TI>(s.drows, bs, d, call.scale, s.dot);
+        memcpy(s.lse, call.lse + (b * call.H + h) * call.N + r * bs, sizeof(float) * bs);
+        for (int i = 0; i < bs; i += W) {
+            vec x[W];
+            for (int k = 0; k < W; ++k) {
+                x[k] = vec{};
+                for (int c = (i + k) * d; c < (i + k + 1) * d; c += W) x[k] += load(s.drows + c) * load(s.orows + c);
             }
+            transpose(x);
+            vec delta = x[0];
+            for (int k = 1; k < W; ++k) delta += x[k];
+            store(s.delta + i, delta * call.scale);
+        }
     }
 
-    // dk[j][c] += sum_i p[j][i] q[i][c]
-    static __attribute__((noinline)) void add_keys(int d_, const float* p, const Rows& q, float* dk, long stride) {
-        const int dim = D ? D : d_;
-        add_product<TJ>(TI, p, TI, 1, q.data, q.stride, dk, stride, dim);
-    }
-
-    // One tile of keys against one row of blocks.
-    template <bool DQ, bool DKV>
-    SAT_INLINE void backward_tile(const RowInputs& row, const Rows& k, const Rows& v, const uint8_t* mask, float* dk,
-                                  float* dv, long stride, const Backward& s) const {
+    // One tile of keys against one row of blocks. FIRST: dk and dv hold nothing yet.
+    template <bool DQ, bool DKV, bool FIRST>
+    void backward_tile(const uint8_t* mask, bool first_dq, float* dk, float* dv, long stride, Ahead& ahead,
+                       const Backward& s) const {
         for (int i = 0; i < bs; i += TI) {
-            score_gradients(d, k, v, s.qt + i * d, s.dot + i * d, s.lse + i, s.delta + i, mask, s.p, s.ds);
+            exp_scores(d, s.keys, s.qt + i * d, s.lse + i, mask, s.p, nullptr, ahead);
             if (DKV) {
-                add_keys(d, s.p, {row.dout.row(i), row.dout.stride}, dv, stride);
-                add_keys(d, s.ds, {row.q.row(i), row.q.stride}, dk, stride);
+                if (FIRST && i == 0)
+                    add_keys<true>(d, s.p, s.drows + i * d, dv, stride, ahead);
+                else
+                    add_keys<false>(d, s.p, s.drows + i * d, dv, stride, ahead);
             }
-            if (DQ) add_values(d, k, s.ds, s.dq + i * d);
+            score_gradients(d, s.values, s.dot + i * d, s.delta + i, s.p, ahead);
+            if (DKV) {
+                if (FIRST && i == 0)
+                    add_keys<true>(d, s.p, s.rows + i * d, dk, stride, ahead);
+                else
+                    add_keys<false>(d, s.p, s.rows + i * d, dk, stride, ahead);
+            }
+            if (DQ) {
+                if (first_dq)
+                    add_values<true>(d, s.keys, s.p, s.dq + i * d, ahead);
+                else
+                    add_values<false>(d, s.keys, s.p, s.dq + i * d, ahead);
+            }
         }
     }
 
-    // Row r of blocks: dQ, and (where one thread owns the head) its share of dK and dV, [N][d] with row stride `stride`.
+    // dK and dV of a head or a column of blocks: in place where they are fp32, else in scratch.
+    struct Target {
+        float *dk, *dv;
+        long stride;    // of both
+    };
+
+    bool in_place() const { return call.type == SAT_FLOAT32 && call.dkey.row == call.dvalue.row; }
+
+    Target target(const Head& dkey, const Head& dvalue, long first, const Backward& s) const {
+        if (!in_place()) return {s.dk, s.dv, d};
+        return {reinterpret_cast<float*>(dkey.at(first)), reinterpret_cast<float*>(dvalue.at(first)), dkey.row};
+    }
+
+    // The first row of blocks that keeps column c; -1 if none does.
+    long first_row(long c) const {
+        const Blocks rows = blocks_of(call.column_offsets, call.column_rows, c, nb);
+        return rows.count ? rows[0] : -1;
+    }
+
+    static void zero(const Target& to, long first, int count, int d) {
+        for (long j = first; j < first + count; ++j)
+            for (int c = 0; c < d; c += W) {
+                store(to.dk + j * to.stride + c, vec{});
+                store(to.dv + j * to.stride + c, vec{});
+            }
+    }
+
+    // Row r of blocks: dQ, and (where one thread owns the head) its share of dK and dV.
     template <bool DKV>
-    void backward_row(long b, long h, long r, float* dk, float* dv, long stride, const Backward& s) const {
-        const char* k_head = head_of(call.key, call.type, b, h);
-        const char* v_head = head_of(call.value, call.type, b, h);
-        const Blocks columns = blocks_of(call.row_offsets, call.row_columns, r, nb);
-        memset(s.dq, 0, sizeof(float) * bs * d);
+    void backward_row(long b, long h, long r, const Target& to, const Backward& s) const {
+        const Head query = head(call.query, b, h), key = head(call.key, b, h), value = head(call.value, b, h);
+        const Head out = head(call.out, b, h), dout = head(call.dout, b, h);
+        const Head dquery = head(call.dquery, b, h), dkey = head(call.dkey, b, h), dvalue = head(call.dvalue, b, h);
+        const uint8_t* real = real_of(b);
+        const Blocks columns = row_blocks(r);
+        bool any_key = false;
         if (columns.count) {
-            const RowInputs row = load_row(b, h, r, s);
-            each_tile(columns, real_of(b), b, h, r, [&](long first, const uint8_t* mask) {
-                const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
-                const Rows v = rows_of(call.value, call.type, v_head, first, TJ, d, s.values);
-                backward_tile<true, DKV>(row, k, v, mask, dk + first * stride, dv + first * stride, stride, s);
+            Ahead ahead;
+            load_row(b, h, r, s);
+            auto prepare = [&](long next) {
+                const bool last = next < 0;
+                const long below = last ? row_after(r) : nb;
+                ahead.clear();
+                if (below < nb) next = row_blocks(below)[0] * static_cast<long>(bs);
+                if (last) fetch_to_write(ahead, dquery, r * bs, bs);
+                if (below < nb) {
+                    fetch(ahead, query, below * bs, bs);
+                    fetch(ahead, dout, below * bs, bs);
+                    fetch(ahead, out, below * bs, bs);
+                }
+                if (next >= 0) {
+                    fetch(ahead, key, next, TJ);
+                    fetch(ahead, value, next, TJ);
+                    if (DKV && in_place()) {
+                        fetch_to_write(ahead, dvalue, next, TJ);
+                        fetch_to_write(ahead, dkey, next, TJ);
+                    }
+                }
+            };
+            each_tile(columns, real, prepare, [&](long first, const uint8_t* mask) {
+                read_rows<D>(key, first, TJ, d, s.keys);
+                read_rows<D>(value, first, TJ, d, s.values);
+                float *dk = nullptr, *dv = nullptr;
+                bool first_dkv = false;
+                if (DKV) {
+                    dk = to.dk + first * to.stride, dv = to.dv + first * to.stride;
+                    first_dkv = first_row(first / bs) == r;
+                }
+                if (first_dkv)
+                    backward_tile<true, DKV, true>(mask, !any_key, dk, dv, to.stride, ahead, s);
+                else
+                    backward_tile<true, DKV, false>(mask, !any_key, dk, dv, to.stride, ahead, s);
+                any_key = true;
             });
         }
-        write_rows(call.dquery, call.type, head_of(call.dquery, call.type, b, h), r * bs, bs, d, s.dq, s.ones);
+        if (any_key)
+            write_rows<D>(dquery, r * bs, bs, d, s.dq, s.ones);
+        else
+            zero_rows(dquery, r * bs, bs, d);
     }
-
-    // fp32 outputs are accumulated in place, others in scratch.
-    bool in_place() const { return call.type == SAT_FLOAT32; }
 
     // One thread does a whole (batch, head).
     void backward_head(long b, long h, const Backward& s) const {
-        const char* dk_head = head_of(call.dkey, call.type, b, h);
-        const char* dv_head = head_of(call.dvalue, call.type, b, h);
-        float* dk = in_place() ? (float*)dk_head : s.dk;
-        float* dv = in_place() ? (float*)dv_head : s.dv;
-        const long stride = in_place() ? call.dkey.row : d;
-        for (long j = 0; j < call.N; ++j) {
-            memset(dk + j * stride, 0, sizeof(float) * d);
-            memset(dv + j * stride, 0, sizeof(float) * d);
-        }
-        for (long r = 0; r < nb; ++r) backward_row<true>(b, h, r, dk, dv, stride, s);
+        const Head dkey = head(call.dkey, b, h), dvalue = head(call.dvalue, b, h);
+        const Target to = target(dkey, dvalue, 0, s);
+        const uint8_t* real = real_of(b);
+        for (long c = 0; c < nb; ++c)    // what no tile writes
+            for (long first = c * bs; first < (c + 1) * bs; first += TJ)
+                if (first_row(c) < 0 || state_of(real ? real + first : nullptr, TJ) == NO_KEY) zero(to, first, TJ, d);
+        for (long r = 0; r < nb; ++r) backward_row<true>(b, h, r, to, s);
         if (!in_place())
             for (long r = 0; r < nb; ++r) {
-                write_rows(call.dkey, call.type, dk_head, r * bs, bs, d, dk + r * bs * d, s.ones);
-                write_rows(call.dvalue, call.type, dv_head, r * bs, bs, d, dv + r * bs * d, s.ones);
+                write_rows<D>(dkey, r * bs, bs, d, to.dk + r * bs * d, s.ones);
+                write_rows<D>(dvalue, r * bs, bs, d, to.dv + r * bs * d, s.ones);
             }
     }
 
     // Column c of blocks: dK and dV alone, when the heads are too few to give every thread one.
     void backward_column(long b, long h, long c, const Backward& s) const {
-        const char* k_head = head_of(call.key, call.type, b, h);
-        const char* v_head = head_of(call.value, call.type, b, h);
-        const char* dk_head = head_of(call.dkey, call.type, b, h);
-        const char* dv_head = head_of(call.dvalue, call.type, b, h);
-        float* dk = in_place() ? (float*)dk_head + c * bs * call.dkey.row : s.dk;
-        float* dv = in_place() ? (float*)dv_head + c * bs * call.dkey.row : s.dv;
-        const long stride = in_place() ? call.dkey.row : d;
-        for (long j = 0; j < bs; ++j) {
-            memset(dk + j * stride, 0, sizeof(float) * d);
-            memset(dv + j * stride, 0, sizeof(float) * d);
-        }
+        const Head key = head(call.key, b, h), value = head(call.value, b, h);
+        const Head dkey = head(call.dkey, b, h), dvalue = head(call.dvalue, b, h);
+        const Target to = target(dkey, dvalue, c * bs, s);
+        zero(to, 0, bs, d);
         const Blocks rows = blocks_of(call.column_offsets, call.column_rows, c, nb);
         const int32_t column = static_cast<int32_t>(c);
         for (int n = 0; n < rows.count; ++n) {
-            const RowInputs row = load_row(b, h, rows[n], s);
-            each_tile({&column, 1}, real_of(b), b, h, nb, [&](long first, const uint8_t* mask) {
-                const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
-                const Rows v = rows_of(call.value, call.type, v_head, first, TJ, d, s.values);
-                const long offset = (first - c * bs) * stride;
-                backward_tile<false, true>(row, k, v, mask, dk + offset, dv + offset, stride, s);
+            Ahead ahead;
+            load_row(b, h, rows[n], s);
+            each_tile({&column, 1}, real_of(b), [](long) {}, [&](long first, const uint8_t* mask) {
+                read_rows<D>(key, first, TJ, d, s.keys);
+                read_rows<D>(value, first, TJ, d, s.values);
+                const long offset = (first - c * bs) * to.stride;
+                if (n == 0)
+                    backward_tile<false, true, true>(mask, false, to.dk + offset, to.dv + offset, to.stride, ahead, s);
+                else
+                    backward_tile<false, true, false>(mask, false, to.dk + offset, to.dv + offset, to.stride, ahead, s);
             });
         }
         if (!in_place()) {
-            write_rows(call.dkey, call.type, dk_head, c * bs, bs, d, dk, s.ones);
-            write_rows(call.dvalue, call.type, dv_head, c * bs, bs, d, dv, s.ones);
+            write_rows<D>(dkey, c * bs, bs, d, to.dk, s.ones);
+            write_rows<D>(dvalue, c * bs, bs, d, to.dv, s.ones);
         }
     }
 
@@ -469,10 +658,9 @@ struct Kernel {
 
     int forward() const {
         const long H = call.H, heads = call.B * H;
-        // The heads of an example lie side by side in memory: one thread takes them together.
         return spread(
-            call.threads, heads * nb, static_cast<int>(heads >= call.threads ? nb : 1), Forward::size(d),
-            [&](Scratch& scratch) { return Forward(scratch, d); },
+            call.threads, heads * nb, static_cast<int>(heads >= call.threads ? nb : 1), Forward::size(d, bs),
+            [&](Scratch& scratch) { return Forward(scratch, d, bs); },
             [&](const Forward& s, long i) { forward_row(i / nb / H, i / nb % H, i % nb, s); });
     }
 
@@ -481,17 +669,18 @@ struct Kernel {
         if (heads >= call.threads) {
             const long accumulated = in_place() ? 0 : call.N;
             return spread(
-                call.threads, heads, 1, Backward::size(d, accumulated),
-                [&](Scratch& scratch) { return Backward(scratch, d, accumulated); },
+                call.threads, heads, 1, Backward::size(d, bs, accumulated),
+                [&](Scratch& scratch) { return Backward(scratch, d, bs, accumulated); },
                 [&](const Backward& s, long i) { backward_head(i / H, i % H, s); });
         }
         const long accumulated = in_place() ? 0 : bs;
-        auto make = [&](Scratch& scratch) { return Backward(scratch, d, accumulated); };
-        const int status = spread(call.threads, heads * nb, 1, Backward::size(d, accumulated), make, [&](const Backward& s, long i) {
-            backward_row<false>(i / nb / H, i / nb % H, i % nb, nullptr, nullptr, 0, s);
+        const size_t size = Backward::size(d, bs, accumulated);
+        auto make = [&](Scratch& scratch) { return Backward(scratch, d, bs, accumulated); };
+        const int status = spread(call.threads, heads * nb, 1, size, make, [&](const Backward& s, long i) {
+            backward_row<false>(i / nb / H, i / nb % H, i % nb, {}, s);
         });
         if (status != SAT_OK) return status;
-        return spread(call.threads, heads * nb, 1, Backward::size(d, accumulated), make, [&](const Backward& s, long i) {
+        return spread(call.threads, heads * nb, 1, size, make, [&](const Backward& s, long i) {
             backward_column(i / nb / H, i / nb % H, i % nb, s);
         });
     }
@@ -548,18 +737,25 @@ struct Statistics {
     }
 
     // Exponentials to p, their sums over each block to sums, over all keys to total. False if out of the safe range.
-    bool sweep(const char* k_head, const uint8_t* real, const Pieces& s) const {
+    bool sweep(const Head& key, const Head* next, const uint8_t* real, const Pieces& s) const {
         memset(s.sums, 0, sizeof(float) * nb * TI);
+        Ahead ahead;
         each_tile(real, [&](long first, const uint8_t* mask) {
-            const Rows k = rows_of(call.key, call.type, k_head, first, TJ, d, s.keys);
-            Tile::exp_scores(d, k, s.qt, s.reference, mask, call.mean ? s.p + first * TI : s.p, s.sums + first / bs * TI);
+            ahead.clear();
+            if (first + TJ < N)
+                ahead.add_read(key.at(first + TJ), key.row_bytes(), TJ, d * Head::size_of(key.type));
+            else if (next)
+                ahead.add_read(next->at(0), next->row_bytes(), TJ, d * Head::size_of(key.type));
+            read_rows<D>(key, first, TJ, d, s.keys);
+            float* p = call.mean ? s.p + first * TI : s.p;
+            Tile::exp_scores(d, s.keys, s.qt, s.reference, mask, p, s.sums + first / bs * TI, ahead);
         });
         bool safe = true;
         for (int v = 0; v < NV; ++v) {
             vec total{};
             for (long c = 0; c < nb; ++c) total += load(s.sums + c * TI + v * W);
             store(s.total + v * W, total);
-            for (int lane = 0; lane < W; ++lane) safe &= total[lane] > 1 / SAFE_SUM && total[lane] < SAFE_SUM;
+            safe &= within(total, 1 / SAFE_SUM, SAFE_SUM);
         }
         return safe;
     }
@@ -568,16 +764,18 @@ struct Statistics {
     void head(long b, long h, long row, float* pooled, const Pieces& s) const {
         const uint8_t* real = call.real ? call.real + b * N : nullptr;
         if (real && !memchr(real, 1, N)) return;    // p is 0
-        const char* q_head = head_of(call.query, call.type, b, h);
-        const char* k_head = head_of(call.key, call.type, b, h);
-        pack<TI>(rows_of(call.query, call.type, q_head, row, TI, d, s.rows), TI, d, call.scale * LOG2E, s.qt);
+        const Head query(call.query, call.type, b, h), key(call.key, call.type, b, h);
+        read_rows<D>(query, row, TI, d, s.rows);
+        pack<TI>(s.rows, TI, d, call.scale * LOG2E, s.qt);
         memset(s.reference, 0, sizeof(float) * TI);
-        if (!sweep(k_head, real, s)) {
+        if (!sweep(key, &key, real, s)) {
             for (int i = 0; i < TI; ++i) s.reference[i] = -__builtin_inff();
+            Ahead ahead;
             each_tile(real, [&](long first, const uint8_t* mask) {
-                Tile::max_scores(d, rows_of(call.key, call.type, k_head, first, TJ, d, s.keys), s.qt, mask, s.reference);
+                read_rows<D>(key, first, TJ, d, s.keys);
+                Tile::max_scores(d, s.keys, s.qt, mask, s.reference, ahead);
             });
-            sweep(k_head, real, s);
+            sweep(key, &key, real, s);
         }
         for (int v = 0; v < NV; ++v) store(s.inverse + v * W, 1.0f / load(s.total + v * W));
         for (long c = 0; c < nb; ++c) {

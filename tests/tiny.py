@@ -45,7 +45,7 @@ def write_data(folder, sizes=(48, 30, 21), change=lambda split, items: items):
 def arguments(folder, *more, mode="train"):
     """Of a run with the data and the output below `folder`.
 
-    "auto" precision is bf16 on some machines; what these tests compare is exact to fp32's rounding.
+    "auto" precision is bf16 on some machines; these tests compare what fp32 alone keeps equal.
     """
     common = ["--mode", mode, "--task", TASK, "--data_dir", str(folder / "data")]
     return [*common, "--output_dir", str(folder / "out"), "--precision", "fp32", *more]

@@ -6,7 +6,6 @@ import itertools
 import pickle
 import random
 import shutil
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -298,8 +297,7 @@ def test_the_published_order():
 def small_tfds(shared_data, tmp_path_factory) -> Path:
     pytest.importorskip("tensorflow_datasets")
     folder = tmp_path_factory.mktemp("tfds")
-    with tarfile.open(shared_data / "data/tfds_cifar10_small.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(shared_data / "data/tfds_cifar10_small.tar.gz", folder)
     return folder
 
 

@@ -187,8 +187,7 @@ def test_what_download_leaves_is_found(tmp_path, monkeypatch):
 def tfds_imdb(shared_data, tmp_path_factory):
     pytest.importorskip("tensorflow_datasets")
     folder = tmp_path_factory.mktemp("tfds")
-    with tarfile.open(shared_data / "data/tfds_imdb_small.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(shared_data / "data/tfds_imdb_small.tar.gz", folder)
     return folder
 
 

@@ -149,9 +149,10 @@ def test_c_refuses_what_it_cannot_do():
 
 def run_sanitized(copy: Path, chosen: str) -> subprocess.CompletedProcess:
     """Builds `copy` with AddressSanitizer and UBSan; runs the attention tests `chosen` over it."""
-    for name in ("test_attention_semantics.py", "attention_backends.py", "emulated_cuda.py"):
-        (copy / "tests").mkdir(exist_ok=True)
-        shutil.copy(ROOT / "tests" / name, copy / "tests")
+    (copy / "tests").mkdir(exist_ok=True)
+    tests = ("test_attention_semantics", "attention_backends", "emulated_amx", "emulated_cuda")
+    for name in tests:
+        shutil.copy(ROOT / "tests" / f"{name}.py", copy / "tests")
     shutil.copy(ROOT / "pyproject.toml", copy)
     flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     built = compile_sh(copy, CXX="g++", CXXFLAGS=flags, NVCC="no-nvcc")

@@ -20,8 +20,8 @@ from training.checkpoint import load_checkpoint
 from training.distributed import SILENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
-# the transition comes after a dozen steps, by the rule
-RULE = ["--sk", "-100", "--ds", "0.4"]
+# the transition comes after two dozen steps, by the rule
+RULE = ["--sk", "-100", "--ds", "1.5"]
 SIZES = (48, 31, 21)  # nothing divides evenly
 
 
@@ -79,7 +79,7 @@ class Job:
 
 def run_arguments(folder, *more, steps=60):
     tiny.write_data(folder / "data", sizes=SIZES)
-    given = ["--train_steps", str(steps), "--batch_size", "8", *tiny.SETTINGS, *RULE, *more]
+    given = ["--train_steps", str(steps), "--batch_size", "32", *tiny.SETTINGS, *RULE, *more]
     return tiny.arguments(folder, *given)
 
 

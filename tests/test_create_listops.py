@@ -290,12 +290,12 @@ def test_fourteen_tokens_are_the_fifteen_without_brackets(made, tmp_path):
 
 def test_short_expressions_in_another_folder(tmp_path):
     """What the demo asks for."""
-    options = ("--min_length", 10, "--max_length", 200, "--padded_length", 512, "--keep_brackets")
+    options = ("--min_length", 10, "--max_length", 100, "--padded_length", 256, "--keep_brackets")
     counts = ("--num_train", 300, "--num_dev", 30, "--num_test", 30)
     assert make(tmp_path / "demo", *options, *counts, "--workers", 1) == 0
     for example in items(tmp_path / "demo", "train"):
-        assert example["input_ids_0"].shape == (512,)
-        assert 10 < size(parse(example["input_ids_0"])) < 200
+        assert example["input_ids_0"].shape == (256,)
+        assert 10 < size(parse(example["input_ids_0"])) < 100
 
 
 def test_limit_is_balanced(tmp_path):

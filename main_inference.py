@@ -6,7 +6,7 @@ python main_inference.py --mode eval --task lra-image --random 0 --name sat
 import os
 import sys
 
-from training.options import add_inference_arguments, build_parser
+from training.options import add_inference_arguments, build_parser, interrupted_early
 
 
 def parse_arguments(argv):
@@ -23,8 +23,11 @@ def parse_arguments(argv):
 
 def main(argv) -> int:
     args = parse_arguments(argv)
-    from config import Aliases, Config
-    from training import session
+    try:
+        from config import Aliases, Config
+        from training import session
+    except KeyboardInterrupt:
+        return interrupted_early()
 
     launch = session.Launch.from_environment(os.environ)
     return session.guarded(lambda: session.evaluate_run(args, Config, Aliases, launch))

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 
-from training.options import add_training_arguments, build_parser
+from training.options import add_training_arguments, build_parser, interrupted_early
 
 
 def parse_arguments(argv):
@@ -26,9 +26,11 @@ def parse_arguments(argv):
 
 def main(argv) -> int:
     args = parse_arguments(argv)
-    # after parsing, so that --help and typing errors answer without loading torch
-    from config import Aliases, Config
-    from training import session
+    try:  # after parsing, so that --help and typing errors answer without loading torch
+        from config import Aliases, Config
+        from training import session
+    except KeyboardInterrupt:  # in the seconds that it takes
+        return interrupted_early()
 
     launch = session.Launch.from_environment(os.environ)
     command = shlex.join(["python", "main_learnable_skewness.py", *argv])

@@ -55,6 +55,20 @@ def refused(code, capsys, *words):
 # ---- a run -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("script", ["main_learnable_skewness.py", "main_inference.py"])
+def test_ctrl_c_while_libraries_load_is_a_sentence(tmp_path, script):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")  # found before the real one
+    ended = subprocess.run(
+        [sys.executable, ROOT / script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 130
+    assert ended.stderr == "interrupted before anything was written\n"
+
+
 def test_help_answers_without_torch():
     for script in ("main_learnable_skewness.py", "main_inference.py"):
         started = time.perf_counter()

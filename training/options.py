@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 
 def positive(text: str) -> int:
@@ -22,6 +23,12 @@ def not_negative(text: str) -> int:
 def micro_batch(text: str) -> int | None:
     """auto is None."""
     return None if text == "auto" else positive(text)
+
+
+def interrupted_early() -> int:
+    """Says so; the exit code of a command that Ctrl-C ended before it had anything to save."""
+    print("interrupted before anything was written", file=sys.stderr)
+    return 130
 
 
 def build_parser(prog: str, description: str, *, modes: list[str], default_mode: str | None):

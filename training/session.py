@@ -41,6 +41,7 @@ from training.distributed import PeerLostError, World, join_world
 from training.evaluation import Evaluation, evaluate
 from training.interrupt import StopSignal
 from training.logging import NullLog, RunLog, say
+from training.options import interrupted_early
 from training.run import Run, RunOptions, TrainingFailed
 from training.transition import TransitionCriterion
 
@@ -82,8 +83,7 @@ def guarded(job: Callable[[], int]) -> int:
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted before training had begun; nothing was written", file=sys.stderr)
-        return 130
+        return interrupted_early()
 
 
 # ---- training ----------------------------------------------------------------------

@@ -9,26 +9,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from emulation import ROOT, SOURCES, build
 
 from kernels import native
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "kernels" / "csrc"
 HERE = ROOT / "tests" / "amx_emulation"
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 FLAGS += ["-DSAT_AMX_EMULATION", f"-I{HERE}", f"-I{SOURCES}"]
-WITHOUT = ["-DSAT_WITHOUT_AVX2", "-DSAT_WITHOUT_AVX512", "-DSAT_WITHOUT_AVX512BF16"]
+FLAGS += ["-DSAT_WITHOUT_AVX2", "-DSAT_WITHOUT_AVX512", "-DSAT_WITHOUT_AVX512BF16"]
 VECTORS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"]
-NAMES = {"library": [], "attention": [], "attention_portable": ["-O0"], "attention_amx": VECTORS}
+UNITS = {"library": [], "attention": [], "attention_portable": ["-O0"], "attention_amx": VECTORS}
 
 
 def reason_unavailable() -> str | None:
@@ -36,41 +30,12 @@ def reason_unavailable() -> str | None:
     return native.reason_unavailable() or native.list_isas()["avx512_bf16"]
 
 
-def compile_emulated() -> Path:
-    """The library with AMX emulated, under the build folder, once per content."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
-    digest = hashlib.sha256(" ".join(FLAGS + WITHOUT + VECTORS).encode())
-    for file in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"), *HERE.glob("*")]):
-        digest.update(file.read_bytes())
-    target = SOURCES / "build" / f"emulated_amx-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(exist_ok=True)
-    hashes = ['-DSAT_SOURCE_HASH="emulated"', '-DSAT_BUILD_ID="emulated"']
-    jobs, stamp = [], f"{os.getpid()}"  # two test runs may build at once
-    for name, flags in NAMES.items():
-        output = target.with_suffix(f".{name}.{stamp}.o")
-        source = SOURCES / f"{name}.cpp"
-        command = [compiler, *FLAGS, *WITHOUT, *hashes, *flags, "-c", source, "-o", output]
-        jobs.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), name, output))
-    for job, name, _ in jobs:
-        _, errors = job.communicate()
-        assert job.returncode == 0, f"{name}.cpp does not compile:\n{errors[:4000]}"
-    objects = [output for *_, output in jobs]
-    linked = target.with_suffix(f".{stamp}.so")
-    subprocess.run([compiler, "-shared", *objects, "-o", linked], check=True)
-    linked.replace(target)
-    for output in objects:
-        output.unlink()
-    return target
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     native.load()  # shares torch's OpenMP runtime
-    loaded = ctypes.CDLL(str(compile_emulated()))
+    units = {SOURCES / f"{name}.cpp": [*FLAGS, *flags] for name, flags in UNITS.items()}
+    inputs = [*SOURCES.glob("*.h"), *HERE.glob("*")]
+    loaded = ctypes.CDLL(str(build("emulated_amx.so", units, inputs, link=("-shared",))))
     loaded.sat_isa_name.restype = loaded.sat_list_isa.restype = ctypes.c_char_p
     assert loaded.sat_select_isa(b"amx") == 0
     return loaded

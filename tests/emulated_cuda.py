@@ -9,19 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from emulation import ROOT, SOURCES, build
 
 from kernels import cuda
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "kernels" / "csrc"
 HERE = ROOT / "tests" / "cuda_emulation"
 FLAGS = ["-std=c++17", "-fPIC", "-march=native", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-DSAT_CUDA_EMULATION"]
@@ -29,38 +24,12 @@ EARLY, REVERSE = 1, 2  # emulation::Mode
 
 
 def compile_emulated(sources: list[Path], name: str, *flags: str, shared: bool = True) -> Path:
-    """Compiles .cu files to a library (or a program) under the build folder, once per content."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
-    flags = (*FLAGS, f"-I{HERE}", f"-I{SOURCES}", *flags)
-    digest = hashlib.sha256(" ".join([*map(str, sources), *flags]).encode())
-    for file in sorted([*SOURCES.glob("*.cu*"), *HERE.glob("*"), *sources]):
-        digest.update(file.read_bytes())
-    folder = SOURCES / "build" / f"{name}-{digest.hexdigest()[:16]}"
-    target = folder / name
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = f"{os.getpid()}"  # two test runs may build at once
-    jobs = []
-    for source in sources:
-        hashes = ['-DSAT_SOURCE_HASH="emulated"', '-DSAT_BUILD_ID="emulated"']
-        output = folder / f"{source.stem}.{stamp}.o"
-        command = [compiler, *flags, *hashes, "-x", "c++", "-c", source, "-o", output]
-        jobs.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), source, output))
-    for job, source, _ in jobs:
-        _, errors = job.communicate()
-        assert job.returncode == 0, f"{source.name} does not compile:\n{errors[:4000]}"
-    objects = [output for *_, output in jobs]
-    linked = folder / f"{name}.{stamp}"
-    kind = ["-shared"] if shared else []
-    sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-    subprocess.run([compiler, *kind, *sanitizers, *objects, "-o", linked], check=True)
-    linked.replace(target)
-    for output in objects:
-        output.unlink()
-    return target
+    """Compiles .cu files to a library (or a program), once per content."""
+    both = [*FLAGS, f"-I{HERE}", f"-I{SOURCES}", *flags, "-x", "c++"]
+    sanitizers = tuple(flag for flag in flags if flag.startswith("-fsanitize"))
+    link = (*(["-shared"] if shared else []), *sanitizers)
+    inputs = [*SOURCES.glob("*.cu*"), *HERE.glob("*")]
+    return build(name, dict.fromkeys(sources, both), inputs, link)
 
 
 @functools.cache

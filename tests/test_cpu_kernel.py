@@ -21,6 +21,7 @@ from kernels import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+EMULATION = ("emulation", "emulated_amx", "emulated_cuda")  # what attention_backends.py imports
 
 needs_library = pytest.mark.skipif(
     native.reason_unavailable() is not None, reason=str(native.reason_unavailable())
@@ -150,8 +151,7 @@ def test_c_refuses_what_it_cannot_do():
 def run_sanitized(copy: Path, chosen: str) -> subprocess.CompletedProcess:
     """Builds `copy` with AddressSanitizer and UBSan; runs the attention tests `chosen` over it."""
     (copy / "tests").mkdir(exist_ok=True)
-    tests = ("test_attention_semantics", "attention_backends", "emulated_amx", "emulated_cuda")
-    for name in tests:
+    for name in ("test_attention_semantics", "attention_backends", *EMULATION):
         shutil.copy(ROOT / "tests" / f"{name}.py", copy / "tests")
     shutil.copy(ROOT / "pyproject.toml", copy)
     flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"

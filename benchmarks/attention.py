@@ -13,7 +13,8 @@ output and gradients are compared with a float64 restatement of what it should c
     flex        compiled FlexAttention, forward only, fp32
     sparse      ours with the shape's density, fp32 and bf16
     dense       ours with every block kept, fp32 and bf16
-    statistics  ours, [4, N, N] means and pooled moments; `pooled` without the means. No backward
+    statistics  ours, [4, N, N] means (added to those of the call before, as a step's micro-batches
+                are) and pooled moments; `pooled` without the means. No backward
 
 FLOPs are those of the products on kept blocks (backward: 2.5 times the forward); "of sgemm" is the
 share of what torch's fp32 matrix product reaches in the same rounds (1024 cubed). Peak memory is
@@ -126,8 +127,6 @@ def contender(name: str, problem: Problem):
     out = torch.zeros(groups, problem.N, problem.N, device=device) if full else None
 
     def take_statistics(q, k, v):
-        if full:
-            out.zero_()
         n = math.gcd(groups, len(q))
         return kernels.attention_statistics(
             q, k, block_size=bs, groups=n, full=full, mean_out=None if out is None else out[:n],

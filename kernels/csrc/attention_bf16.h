@@ -834,16 +834,7 @@ struct Statistics {
             }
             if (call.mean) write_mean(group, row, s);
         }
-        double squares = 0;
-        double* pooled_sum = call.pooled_sum + (group * nb + r) * nb;
-        for (long c = 0; c < nb; ++c) pooled_sum[c] = 0;
-        for (long n = 0; n < heads; ++n)
-            for (long c = 0; c < nb; ++c) {
-                const double value = static_cast<double>(s.pooled[n * nb + c]) / (bs * bs);
-                pooled_sum[c] += value;
-                squares += value * value;
-            }
-        call.square_sum[group * nb + r] = squares;
+        sum_pooled(call, group, r, s.pooled);
     }
 
     int run() const {

@@ -4,6 +4,9 @@
 
 #include <omp.h>
 #include <stdlib.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "attention.h"
 #include "simd.h"
@@ -35,20 +38,29 @@ KeysState state_of(const uint8_t* real, int count) {
 
 // ---- scratch ----
 
-// Hands out 64-byte aligned pieces of one allocation.
+// Hands out 64-byte aligned pieces of one allocation. For AddressSanitizer there is a gap after each, that nobody may touch.
 class Scratch {
   public:
     explicit Scratch(size_t floats) : base_(nullptr), next_(nullptr) {
         if (posix_memalign(reinterpret_cast<void**>(&base_), 64, (floats + 1024) * sizeof(float)) != 0) base_ = nullptr;
         next_ = base_;
     }
-    ~Scratch() { free(base_); }
+    ~Scratch() {
+#ifdef __SANITIZE_ADDRESS__
+        __asan_unpoison_memory_region(base_, (next_ - base_) * sizeof(float));
+#endif
+        free(base_);
+    }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     bool failed() const { return !base_; }
     float* take(size_t floats) {
         float* piece = next_;
-        next_ += (floats + 15) / 16 * 16;    // the constructor's 1024 floats pay for the rounding
+        next_ += (floats + 15) / 16 * 16;    // the constructor's 1024 floats pay for the rounding and for gaps
+#ifdef __SANITIZE_ADDRESS__
+        next_ += 16;
+        __asan_poison_memory_region(piece + floats, (next_ - piece - floats) * sizeof(float));
+#endif
         return piece;
     }
 
@@ -68,6 +80,23 @@ struct Blocks {
 Blocks blocks_of(const int32_t* offsets, const int32_t* list, long index, long nb) {
     if (!offsets) return {nullptr, static_cast<int>(nb)};
     return {list + offsets[index], offsets[index + 1] - offsets[index]};
+}
+
+// ---- statistics ----
+
+// `pooled` [heads of a group][nb]: sums over the blocks of row r. Their means, and the squares of those, summed over heads.
+void sum_pooled(const SatStatistics& call, long group, long r, const float* pooled) {
+    const long nb = call.N / call.bs, heads = call.B / call.groups * call.H;
+    double squares = 0;
+    double* sums = call.pooled_sum + (group * nb + r) * nb;
+    for (long c = 0; c < nb; ++c) sums[c] = 0;
+    for (long n = 0; n < heads; ++n)
+        for (long c = 0; c < nb; ++c) {
+            const double value = static_cast<double>(pooled[n * nb + c]) / (call.bs * call.bs);
+            sums[c] += value;
+            squares += value * value;
+        }
+    call.square_sum[group * nb + r] = squares;
 }
 
 // ---- threads ----

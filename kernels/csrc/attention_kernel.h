@@ -811,19 +811,14 @@ struct Statistics {
                         for (int k = 0; k < W; ++k) x[k] = load(s.mean + (j + k) * TI + i);
                         transpose(x);
                         float* mean = call.mean + (group * N + row + i) * N + j;
-                        for (int k = 0; k < W; ++k) store(mean + k * N, load(mean + k * N) + x[k] * weight);
+                        for (int k = 0; k < W; ++k) {
+                            // no hardware prefetcher follows so many rows
+                            prefetch_to_read(reinterpret_cast<const char*>(mean + k * N + 8 * W));
+                            store(mean + k * N, load(mean + k * N) + x[k] * weight);
+                        }
                     }
         }
-        double squares = 0;
-        double* pooled_sum = call.pooled_sum + (group * nb + r) * nb;
-        for (long c = 0; c < nb; ++c) pooled_sum[c] = 0;
-        for (long n = 0; n < heads; ++n)
-            for (long c = 0; c < nb; ++c) {
-                const double value = static_cast<double>(s.pooled[n * nb + c]) / (bs * bs);
-                pooled_sum[c] += value;
-                squares += value * value;
-            }
-        call.square_sum[group * nb + r] = squares;
+        sum_pooled(call, group, r, s.pooled);
     }
 
     int run() const {

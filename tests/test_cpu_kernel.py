@@ -21,7 +21,6 @@ from kernels import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-EMULATION = ("emulation", "emulated_amx", "emulated_cuda")  # what attention_backends.py imports
 
 needs_library = pytest.mark.skipif(
     native.reason_unavailable() is not None, reason=str(native.reason_unavailable())
@@ -148,15 +147,19 @@ def test_c_refuses_what_it_cannot_do():
 # ---- sanitizers ----------------------------------------------------------------------
 
 
-def run_sanitized(copy: Path, chosen: str) -> subprocess.CompletedProcess:
-    """Builds `copy` with AddressSanitizer and UBSan; runs the attention tests `chosen` over it."""
-    (copy / "tests").mkdir(exist_ok=True)
-    for name in ("test_attention_semantics", "attention_backends", *EMULATION):
-        shutil.copy(ROOT / "tests" / f"{name}.py", copy / "tests")
+def build_sanitized(copy: Path) -> None:
+    """Builds `copy` with AddressSanitizer and UBSan, the tests beside it."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     built = compile_sh(copy, CXX="g++", CXXFLAGS=flags, NVCC="no-nvcc")
     assert built.returncode == 0, built.stderr
+
+
+def run_sanitized(copy: Path, file: str, chosen: str) -> subprocess.CompletedProcess:
+    """Runs the chosen tests of a file over what `build_sanitized` made."""
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
         for name in ("libasan.so", "libubsan.so")
@@ -166,9 +169,10 @@ def run_sanitized(copy: Path, chosen: str) -> subprocess.CompletedProcess:
         "LD_PRELOAD": " ".join(found.stdout.strip() for found in runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", chosen]
+    # -s: the sanitizers end the process at once, with what pytest would have captured
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, "tests/test_attention_semantics.py"],
+        [*command, "-k", chosen, f"tests/{file}"],
         cwd=copy,
         env={**os.environ, **environment},
         capture_output=True,
@@ -178,26 +182,41 @@ def run_sanitized(copy: Path, chosen: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    found = run_sanitized(clone(tmp_path), "cpu and not any_layout and not same_input")
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
-    assert "passed" in found.stdout
+    copy = clone(tmp_path)
+    build_sanitized(copy)
+    # neither what is compiled at run time nor how much memory a process has
+    chosen = "cpu and not emulated and not any_layout and not inductor and not memory"
+    for file, names in (
+        ("test_attention_semantics.py", chosen + " and not keeps_nothing"),
+        ("test_statistics_kernel.py", chosen),
+        ("test_fused.py", "not memory"),
+    ):
+        found = run_sanitized(copy, file, names)
+        assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+        assert " passed" in found.stdout
 
 
 @pytest.mark.slow
-def test_sanitizers_find_a_planted_overflow(tmp_path):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
+def test_sanitizers_find_planted_overflows(tmp_path):
     copy = clone(tmp_path)
     kernel = copy / "kernels" / "csrc" / "attention_kernel.h"
     source = kernel.read_text()
-    right = "write_rows<D>(out, r * bs, bs, d, s.o, s.total)"
-    assert source.count(right) == 1
-    kernel.write_text(source.replace(right, right.replace(", bs, d", ", bs + 1, d")))
-    found = run_sanitized(copy, "cpu-portable and one_block")
-    assert found.returncode != 0
-    assert "AddressSanitizer: heap-buffer-overflow" in found.stdout + found.stderr
+    for right, wrong in (
+        ("store(lse + i, log2(total)", "store(lse + i + bs, log2(total)"),
+        ("memset(s.reference, 0, sizeof(float) * TI)", "memset(s.reference, 0, 4 * TI + 4)"),
+    ):
+        assert source.count(right) == 1
+        source = source.replace(right, wrong)
+    kernel.write_text(source)
+    build_sanitized(copy)
+    for file, chosen, mistake in (
+        ("test_attention_semantics.py", "cpu-portable and one_block", "heap-buffer-overflow"),
+        # a piece of scratch runs into the gap behind it
+        ("test_statistics_kernel.py", "cpu-portable and scale", "use-after-poison"),
+    ):
+        found = run_sanitized(copy, file, chosen)
+        assert found.returncode != 0
+        assert f"AddressSanitizer: {mistake}" in found.stdout + found.stderr
 
 
 # ---- a library that does not fit the sources -----------------------------------------

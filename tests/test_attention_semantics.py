@@ -435,7 +435,8 @@ def test_strides_beyond_int32(case, which, apart):
     B, H, N, d = 2, 2, 64, 32
     *inputs, dout = make_inputs(B, H, N, d, case.dtype)
     size = B * H * N * d
-    buffer = torch.empty(2**31 + 8 * size, device=case.device)  # only its used pages get memory
+    # only its used pages get memory
+    buffer = torch.empty(2**31 + 8 * size, dtype=case.dtype, device=case.device)
     row = 2**31 // (N - 1) + d
     strides = {
         "examples": (2**31 + 64, N * d, d, 1),

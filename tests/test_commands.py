@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import main_learnable_skewness
+from training import report
 from training.checkpoint import load_checkpoint, load_masks, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,14 @@ def refused(code, capsys, *words):
 
 
 # ---- a run -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (99, "99 s"), (120, "2 min"), (5400, "90 min"), (45000, "12.5 h")],
+)
+def test_durations_for_people(seconds, said):
+    assert report.duration(seconds) == said
 
 
 @pytest.mark.parametrize("script", ["main_learnable_skewness.py", "main_inference.py"])

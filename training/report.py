@@ -171,10 +171,10 @@ def step_done(run: Run, result: StepResult, decision: Decision | None) -> None:
         run.step, f"{run.phase} loss {result.loss:.3f}{best} {per_step * 1e3:.0f} ms/step{held}"
     )
     if run.step in TIMED_STEPS and run.phase == "dense":
-        hours = per_step * run.config.training.num_train_steps / 3600
+        whole = duration(per_step * run.config.training.num_train_steps)
         run.log.line(
             f"step {run.step}: {per_step * 1e3:.0f} ms a dense step; the whole schedule would "
-            f"take {hours:.1f} h at this "
+            f"take {whole} at this "
             f"pace, sparse steps are faster; peak memory {memory.human(peak)}"
         )
     if decision is not None and not decision.transition and run.step % OUTLOOK_EVERY == 0:
@@ -327,6 +327,14 @@ def run_finished(run: Run, result: Evaluation) -> None:
 
 
 # ---- run.json ----------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 100 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"
 
 
 def flops(model: ModelConfig, batch_size: int, phase: str) -> dict[str, float]:

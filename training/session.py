@@ -419,9 +419,9 @@ def dry_run(run: Run) -> int:
         )
     steps = training.num_train_steps
     print(
-        f"all {steps:,} steps: {steps * seconds['sparse'] / 3600:.1f} h sparse, "
-        f"{steps * seconds['dense'] / 3600:.1f} h "
-        f"dense; a run lies between, by when it switches (evaluation not counted)"
+        f"all {steps:,} steps: {report.duration(steps * seconds['sparse'])} sparse, "
+        f"{report.duration(steps * seconds['dense'])} dense; "
+        f"a run lies between, by when it switches (evaluation not counted)"
     )
     print(
         f"peak memory: {memory.human(peaks['dense'])} ({memory.human(before)} before the first "

@@ -384,13 +384,18 @@ struct Tile {
     template <int kRows, int kThreads>
     static __device__ __forceinline__ void copy(unsigned char* tile, const unsigned char* from, int64_t row_bytes,
                                                 int valid = kRows) {
-        static_assert(kRows * kChunks % kThreads == 0 || kRows * kChunks < kThreads, "uneven");
+        // The count of rounds is a constant: a loop from threadIdx.x on would not be unrolled, and each copy would cost
+        // thirty instructions for its addresses.
+        static_assert(kThreads % kChunks == 0 || kRows * kChunks < kThreads, "uneven");
+        constexpr int kStep = kThreads / kChunks, kRounds = (kRows * kChunks + kThreads - 1) / kThreads;
+        const int first = static_cast<int>(threadIdx.x / kChunks), chunk = static_cast<int>(threadIdx.x % kChunks);
+        const unsigned char* here = from + first * row_bytes + chunk * 16;
 #pragma unroll
-        for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-            const int row = i / kChunks, chunk = i % kChunks;
+        for (int j = 0; j < kRounds; ++j, here += kStep * row_bytes) {
+            const int row = first + j * kStep;
+            if (kRows % kStep != 0 && row >= kRows) break;
             // An invalid row names row 0: the address is not read, but has to be one that could be.
-            copy_async_16(tile + offset(row, chunk), from + (row < valid ? row : 0) * row_bytes + chunk * 16,
-                          row < valid);
+            copy_async_16(tile + offset(row, chunk), row < valid ? here : from + chunk * 16, row < valid);
         }
     }
 
@@ -443,7 +448,8 @@ struct Tile {
     // the tile (which no other warp reads there) to global memory in whole chunks.
     static __device__ __forceinline__ void store(unsigned char* tile, int row, const float (&c)[D / 16][2][4],
                                                  float factor, float factor_8, unsigned char* to, int64_t row_bytes) {
-        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        const unsigned lane = threadIdx.x % 32;
+        const int g = static_cast<int>(lane / 4), t = static_cast<int>(lane % 4);
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) {
@@ -463,8 +469,9 @@ struct Tile {
         }
         __syncwarp();
 #pragma unroll
-        for (int i = lane; i < 16 * kChunks; i += 32) {
-            const int r = i / kChunks, chunk = i % kChunks;
+        for (int j = 0; j < kChunks / 2; ++j) {
+            const unsigned i = lane + j * 32;
+            const int r = static_cast<int>(i / kChunks), chunk = static_cast<int>(i % kChunks);
             *reinterpret_cast<uint4*>(to + (row + r) * row_bytes + chunk * 16) =
                 *reinterpret_cast<const uint4*>(tile + offset(row + r, chunk));
         }

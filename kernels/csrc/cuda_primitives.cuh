@@ -329,15 +329,21 @@ __device__ __forceinline__ void multiply(float (&c)[2][4], const Fragment<E>& a,
             b_large[i] = round_tf32(b.r[i]);
             b_small[i] = round_tf32(b.r[i] - as_float(b_large[i]));
         }
+        // Tensor cores cut sums towards zero, each time by up to a unit in the last place: they sum these products alone,
+        // and an fp32 addition, which rounds to nearest, adds them to c.
 #pragma unroll
-        for (int s = 0; s < 2; ++s)
+        for (int h = 0; h < 2; ++h) {
+            float sum[4] = {};
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
+            for (int s = 0; s < 2; ++s) {
                 const int right = (h * 2 + s) * 2;
-                mma_1688_tf32(c[h], a_small + 4 * s, b_large + right);
-                mma_1688_tf32(c[h], a_large + 4 * s, b_small + right);
-                mma_1688_tf32(c[h], a_large + 4 * s, b_large + right);
+                mma_1688_tf32(sum, a_small + 4 * s, b_large + right);
+                mma_1688_tf32(sum, a_large + 4 * s, b_small + right);
+                mma_1688_tf32(sum, a_large + 4 * s, b_large + right);
             }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) c[h][i] += sum[i];
+        }
     }
 }
 

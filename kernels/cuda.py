@@ -284,16 +284,27 @@ def _with_aligned_rows(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+# Two functions: torch.compile looks through a cache at what it wraps, and cannot trace that.
 @torch.compiler.assume_constant_result
-@functools.cache
 def _reason_too_large(device: int, type: int, head_dim: int, block_size: int) -> str | None:
+    return _cached_reason_too_large(device, type, head_dim, block_size)
+
+
+@functools.cache
+def _cached_reason_too_large(
+    device: int, type: int, head_dim: int, block_size: int
+) -> str | None:
     library, reason = _load()
     if library is None:
         return reason
     struct = _SatAttention()
     struct.type, struct.head_dim, struct.block_size = type, _padded(head_dim), block_size
     struct.length = struct.groups = 1
-    status = library.sat_cuda_fits(ctypes.byref(struct), device)
+    if torch.cuda.is_initialized():  # the library sets its device behind torch's back
+        with torch.cuda.device(device):
+            status = library.sat_cuda_fits(ctypes.byref(struct), device)
+    else:
+        status = library.sat_cuda_fits(ctypes.byref(struct), device)
     return None if status == 0 else _error(library, status)
 
 

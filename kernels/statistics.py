@@ -75,7 +75,7 @@ def attention_statistics(
     if mean_out is not None:
         _check_mean_out(mean_out, [groups, N, N], query, full)
     scale = check_scale(scale, query)
-    layout = _full_layout(N // block_size, block_size, query.device)
+    layout = _full_layout(N // block_size, block_size)
     module = choose_backend("attention_statistics", backend, query, layout)
     with torch.autocast(query.device.type, enabled=False):
         return module.attention_statistics(
@@ -95,9 +95,9 @@ def _check_mean_out(mean_out: Tensor, shape: list[int], query: Tensor, full: boo
 
 
 @torch.compiler.assume_constant_result
-def _full_layout(num_blocks: int, block_size: int, device: torch.device) -> BlockLayout:
-    """What backends judge a block size by."""
-    return _cached_full(num_blocks, block_size, device)
+def _full_layout(num_blocks: int, block_size: int) -> BlockLayout:
+    """What backends judge a block size by; on the CPU, as its lists on a GPU would have to wait."""
+    return _cached_full(num_blocks, block_size)
 
 
 _cached_full = lru_cache(maxsize=8)(BlockLayout.full)

@@ -325,6 +325,7 @@ def test_the_emulation_agrees_with_the_gpu():
 def test_no_host_synchronisation():
     tensors, layout, padding = problem("cuda")
     step(*tensors, layout, padding)
+    attention_statistics(*tensors[:2], block_size=32, key_padding_mask=padding, backend="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(*tensors, layout, padding)

@@ -299,6 +299,37 @@ pathfinder = {
     },
 }
 
+# not of the reference: a task whose right answer is known (preprocess/planted.py)
+planted = {
+    "dataset": {
+        "train": 24000,
+        "dev": 1000,
+        "test": 2000,
+        "create": "preprocess/create_planted.py",
+    },
+    "model": {
+        **_MODEL,
+        "num_layers": 2,
+        "vocab_size": 21,
+        "max_seq_len": 512,
+        "num_classes": 4,
+        "block_size": 16,
+        "density": 0.05,
+        "batch_size": 32,
+    },
+    "training": {
+        **_TRAINING,
+        "batch_size": 32,
+        "learning_rate": 0.003,
+        "warmup": 50,
+        "eval_frequency": 50,
+        "num_train_steps": 1500,
+        "num_init_steps": 0,
+        "num_eval_steps": 32,
+        "patience": 10,
+    },
+}
+
 Config = {
     "lra-image": image,
     "lra-listops": listops,
@@ -310,6 +341,7 @@ Config = {
     "lra-pathfinder32-curv_baseline": pathfinder,
     "lra-pathfinder32-curv_contour_length_9": pathfinder,
     "lra-pathfinder32-curv_contour_length_14": pathfinder,
+    "planted": planted,
 }
 
 # other names that people use for a task

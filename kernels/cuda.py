@@ -291,9 +291,7 @@ def _reason_too_large(device: int, type: int, head_dim: int, block_size: int) ->
 
 
 @functools.cache
-def _cached_reason_too_large(
-    device: int, type: int, head_dim: int, block_size: int
-) -> str | None:
+def _cached_reason_too_large(device: int, type: int, head_dim: int, block_size: int) -> str | None:
     library, reason = _load()
     if library is None:
         return reason

@@ -138,7 +138,8 @@ class _BlockSparse(torch.autograd.Function):
             scores = torch.bmm(_take(q, rows, bs).mul(scale), _take(k, columns, count).mT)
             scores = scores.view(B, H, -1, bs, count)
             if key_padding_mask is not None:
-                real = key_padding_mask.reshape(B, 1, -1, bs)[:, :, columns].view(B, 1, -1, 1, count)
+                real = key_padding_mask.reshape(B, 1, -1, bs)[:, :, columns]
+                real = real.view(B, 1, -1, 1, count)
                 scores.masked_fill_(~real, -math.inf)
             top = scores.amax(-1, keepdim=True)
             num_pruned = N - count if pruned == "zero" else 0

@@ -96,7 +96,7 @@ def _check_mean_out(mean_out: Tensor, shape: list[int], query: Tensor, full: boo
 
 @torch.compiler.assume_constant_result
 def _full_layout(num_blocks: int, block_size: int) -> BlockLayout:
-    """What backends judge a block size by; on the CPU, as its lists on a GPU would have to wait."""
+    """What backends judge a block size by; on the CPU, since its lists on a GPU would wait."""
     return _cached_full(num_blocks, block_size)
 
 

@@ -446,7 +446,8 @@ def test_strides_beyond_int32(case, which, apart):
     for i, tensor in enumerate((*inputs, dout)):
         first = i * (size if apart == "examples" else d)
         views.append(buffer.as_strided((B, H, N, d), strides, first).copy_(tensor))
-    assert all(view.cpu().equal(x) for view, x in zip(views, (*inputs, dout), strict=True)), "overlap"
+    pairs = zip(views, (*inputs, dout), strict=True)
+    assert all(view.cpu().equal(x) for view, x in pairs), "overlap"
     layout = BlockLayout.from_mask(make_mask("mixed", 4), 16).to(case.device)
 
     def run(*qkv):

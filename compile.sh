@@ -51,14 +51,14 @@ version=$($CXX --version 2>/dev/null | head -n 1)
 echo "compiler: $CXX ($version)"
 
 # 3. What belongs to the library. kernels/native.py computes the same hash and refuses a library of other sources.
-sources=$(echo kernels/csrc/*.cpp)
+sources=$(echo kernels/csrc/cpu/*.cpp)
 if command -v sha256sum >/dev/null 2>&1; then
     digest() { sha256sum | cut -d ' ' -f 1; }
 else
     digest() { ${PYTHON:-python3} -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'; }
 fi
 # shellcheck disable=SC2086
-hash=$(cat $sources kernels/csrc/*.h | digest)
+hash=$(cat $sources kernels/csrc/cpu/*.h | digest)
 [ -n "$hash" ] || fail "cannot compute a hash: install sha256sum or set PYTHON."
 
 machine=$(uname -m)
@@ -125,10 +125,10 @@ else
 fi
 
 # 6. CUDA.
-if [ ! -f kernels/csrc/build_cuda.sh ]; then
+if [ ! -f kernels/csrc/cuda/build_cuda.sh ]; then
     :
 elif command -v "${NVCC:-nvcc}" >/dev/null 2>&1; then
-    sh kernels/csrc/build_cuda.sh || fail "the CUDA library was not built, see above; $target is complete."
+    sh kernels/csrc/cuda/build_cuda.sh || fail "the CUDA library was not built, see above; $target is complete."
 else
     echo "left out: CUDA (no ${NVCC:-nvcc} on the PATH)"
 fi

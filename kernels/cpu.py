@@ -1,4 +1,4 @@
-"""Attention in C++ (csrc/attention*.cpp): the backend `cpu`.
+"""Attention in C++ (csrc/cpu/attention*.cpp): the backend `cpu`.
 
 Shape letters: B batch, H heads, N padded length, d head_dim, bs block_size, nb = N / bs.
 
@@ -21,7 +21,7 @@ from kernels.statistics import AttentionStatistics
 
 name = "cpu"
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}  # SatType in csrc/abi.h
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # SatType in csrc/cpu/abi.h
 GRANULE = 16  # head_dim and block_size are multiples of it in C++
 LARGEST = 128
 
@@ -180,7 +180,7 @@ torch.library.register_fake(
 )
 
 
-# ---- the C side's structs (csrc/attention.h) ----
+# ---- the C side's structs (csrc/cpu/attention.h) ----
 
 
 class _SatTensor(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs (csrc/attention_cuda.cuh): the backend `cuda`.
+"""Attention on NVIDIA GPUs (csrc/cuda/attention_cuda.cuh): the backend `cuda`.
 
 Shape letters: B batch, H heads, N padded length, d head_dim, bs block_size, nb = N / bs.
 
@@ -31,7 +31,7 @@ log = logging.getLogger("sat.kernels")
 
 name = "cuda"
 
-ABI = 1  # sat_abi_version() in csrc/attention_cuda.cu
+ABI = 1  # sat_abi_version() in csrc/cuda/attention_cuda.cu
 DEVICE = "cuda"
 LIBRARY = Path(__file__).resolve().parent / "libsat_cuda.so"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -209,7 +209,7 @@ _library.impl("statistics", _statistics, _dispatch_key)
 torch.library.register_fake("sat_cuda::statistics", lambda query, *rest: _empty_pieces(query))
 
 
-# ---- the library (structs as in csrc/attention_cuda.cuh) ------------------------------
+# ---- the library (structs as in csrc/cuda/attention_cuda.cuh) ------------------------------
 
 
 class _SatTensor(ctypes.Structure):
@@ -311,8 +311,8 @@ def _error(library: ctypes.CDLL, status: int) -> str:
 
 
 def source_hash() -> str | None:
-    """sha256 over csrc/*.cu, then csrc/*.cuh, by name, as build_cuda.sh has it. None without."""
-    sources = LIBRARY.parent / "csrc"
+    """sha256 over csrc/cuda/*.cu, then its *.cuh, as build_cuda.sh has it. None without."""
+    sources = LIBRARY.parent / "csrc" / "cuda"
     files = sorted(sources.glob("*.cu")) + sorted(sources.glob("*.cuh"))
     if not files:
         return None

@@ -152,7 +152,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return normed.to(dtype)
 
 
-# ---- cpu: csrc/fused.h ------------------------------------------------------------
+# ---- cpu: csrc/cpu/fused.h ------------------------------------------------------------
 
 # Types of (residual stream, branch, norm's output) that are compiled: SatTypes in fused_abi.h.
 _TYPES = {

@@ -11,9 +11,9 @@ import hashlib
 import os
 from pathlib import Path
 
-ABI = 2  # SAT_ABI in csrc/abi.h
+ABI = 2  # SAT_ABI in csrc/cpu/abi.h
 LIBRARY = Path(__file__).resolve().parent / "libsat_cpu.so"
-SOURCES = LIBRARY.parent / "csrc"
+SOURCES = LIBRARY.parent / "csrc" / "cpu"
 STATUS = {1: "no memory for scratch space", 2: "a shape or dtype it does not support"}
 
 
@@ -68,7 +68,7 @@ def _reason_isa(name: str, isas: dict[str, str | None]) -> str:
 
 
 def source_hash() -> str | None:
-    """sha256 over csrc/*.cpp, then csrc/*.h, by name, as compile.sh has it. None without."""
+    """sha256 over csrc/cpu/*.cpp, then its *.h, by name, as compile.sh has it. None without."""
     files = sorted(SOURCES.glob("*.cpp")) + sorted(SOURCES.glob("*.h"))
     if not files:
         return None

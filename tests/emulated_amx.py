@@ -12,10 +12,11 @@ import functools
 from collections.abc import Iterator
 
 import pytest
-from emulation import ROOT, SOURCES, build
+from emulation import CSRC, ROOT, build
 
 from kernels import native
 
+SOURCES = CSRC / "cpu"
 HERE = ROOT / "tests" / "amx_emulation"
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]

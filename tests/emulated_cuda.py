@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from emulation import ROOT, SOURCES, build
+from emulation import CSRC, ROOT, build
 
 from kernels import cuda
 
+SOURCES = CSRC / "cuda"
 HERE = ROOT / "tests" / "cuda_emulation"
 FLAGS = ["-std=c++17", "-fPIC", "-march=native", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-DSAT_CUDA_EMULATION"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "kernels" / "csrc"
+CSRC = ROOT / "kernels" / "csrc"
 HASHES = ('-DSAT_SOURCE_HASH="emulated"', '-DSAT_BUILD_ID="emulated"')
 
 
@@ -30,7 +30,7 @@ def build(
     digest = hashlib.sha256(repr([*map(str, units), *units.values(), link]).encode())
     for file in sorted({*inputs, *units}):
         digest.update(file.read_bytes())
-    folder = SOURCES / "build" / f"{name}-{digest.hexdigest()[:16]}"
+    folder = CSRC / "build" / f"{name}-{digest.hexdigest()[:16]}"
     target = folder / name
     if target.exists():
         return target

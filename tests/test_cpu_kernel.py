@@ -199,7 +199,7 @@ def test_sanitizers_find_nothing(tmp_path):
 @pytest.mark.slow
 def test_sanitizers_find_planted_overflows(tmp_path):
     copy = clone(tmp_path)
-    kernel = copy / "kernels" / "csrc" / "attention_kernel.h"
+    kernel = copy / "kernels" / "csrc" / "cpu" / "attention_kernel.h"
     source = kernel.read_text()
     for right, wrong in (
         ("store(lse + i, log2(total)", "store(lse + i + bs, log2(total)"),
@@ -236,7 +236,7 @@ def clone(tmp_path: Path) -> Path:
 
 def keep_only_the_frame(copy: Path) -> None:
     """Leaves library.cpp as the only source, so that compile.sh takes a second."""
-    for source in (copy / "kernels" / "csrc").glob("*.cpp"):
+    for source in (copy / "kernels" / "csrc" / "cpu").glob("*.cpp"):
         if source.name != "library.cpp":
             source.unlink()
 
@@ -271,7 +271,7 @@ def test_library_that_is_missing_stale_or_broken_is_refused_in_a_sentence(tmp_pa
     again = compile_sh(copy, CXX="g++", NVCC="no-nvcc")
     assert "up to date: kernels/libsat_cpu.so" in again.stdout
 
-    with open(copy / "kernels" / "csrc" / "library.cpp", "a") as source:
+    with open(copy / "kernels" / "csrc" / "cpu" / "library.cpp", "a") as source:
         source.write("// changed\n")
     said = reason()
     assert said == "libsat_cpu.so was built from other sources than these: run `sh compile.sh`"
@@ -328,8 +328,8 @@ def test_compile_sh_stops_at_the_first_error(tmp_path):
         pytest.skip("g++ is not installed")
     copy = clone(tmp_path)
     keep_only_the_frame(copy)
-    (copy / "kernels" / "csrc" / "broken.cpp").write_text("this is no C++\n")
+    (copy / "kernels" / "csrc" / "cpu" / "broken.cpp").write_text("this is no C++\n")
     result = compile_sh(copy, CXX="g++")
     assert result.returncode != 0
-    assert "g++ stopped in kernels/csrc/broken.cpp" in result.stderr
+    assert "g++ stopped in kernels/csrc/cpu/broken.cpp" in result.stderr
     assert not (copy / "kernels" / "libsat_cpu.so").exists()

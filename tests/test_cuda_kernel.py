@@ -80,7 +80,7 @@ def copy_of_sources(tmp_path) -> Path:
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["sh", folder / "kernels" / "csrc" / "build_cuda.sh"],
+        ["sh", folder / "kernels" / "csrc" / "cuda" / "build_cuda.sh"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -130,7 +130,7 @@ def test_a_failed_compilation_keeps_the_old_library(copy_of_sources):
     assert done.returncode == 1
     assert (
         "line 7: no" in done.stderr
-        and "stopped in kernels/csrc/attention_bfloat.cu" in done.stderr
+        and "stopped in kernels/csrc/cuda/attention_bfloat.cu" in done.stderr
     )
     assert library.read_text() == "old"
     assert [p.name for p in (copy_of_sources / "kernels").iterdir() if ".build" in p.name] == []

@@ -1,4 +1,4 @@
-// The AMX instructions that kernels/csrc/attention_amx.cpp uses, in plain C++, for tests on processors without them.
+// The AMX instructions that kernels/csrc/cpu/attention_amx.cpp uses, in plain C++, for tests on processors without them.
 //
 // As the manual (Intel SDM, volume 2: LDTILECFG, TILELOADD, TDPBF16PS, ...) has them, and strict: what raises an exception
 // there, reads a tile that nothing was written to, or leaves a configuration behind is remembered as an error, which the

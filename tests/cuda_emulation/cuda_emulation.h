@@ -1,4 +1,4 @@
-// Runs CUDA kernels on a CPU, for tests only: the .cu files of kernels/csrc compile against this header with
+// Runs CUDA kernels on a CPU, for tests only: the .cu files of kernels/csrc/cuda compile against this header with
 // -DSAT_CUDA_EMULATION and any C++17 compiler of the GNU kind.
 //
 // Blocks run one after the other. Each CUDA thread is a fiber with its own stack; a warp's lanes run in turn until

@@ -1,5 +1,5 @@
 // Small kernels with one mistake each, some also without it: what the emulation has to find.
-#include "../../kernels/csrc/cuda_primitives.cuh"
+#include "../../kernels/csrc/cuda/cuda_primitives.cuh"
 
 struct Work {
     const float* in;

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds kernels/libsat_cuda.so with nvcc; called by compile.sh.
-#   usage: sh kernels/csrc/build_cuda.sh
+#   usage: sh kernels/csrc/cuda/build_cuda.sh
 #   environment: NVCC (default nvcc), NVCCFLAGS (added last)
 #     SAT_CUDA_ARCHS  for example "75 80 86 89 90 100 120": code for each, and PTX of the last for newer ones.
 #                     Default: the GPUs of this machine; without one 80 and its PTX, which any GPU since A100 can run.
@@ -14,7 +14,7 @@ fail() {
     exit 1
 }
 
-cd -- "$(dirname -- "$0")/../.." || exit 1
+cd -- "$(dirname -- "$0")/../../.." || exit 1
 target=kernels/libsat_cuda.so
 report=kernels/libsat_cuda.ptxas.txt
 NVCC=${NVCC:-nvcc}
@@ -52,7 +52,7 @@ if command -v sha256sum >/dev/null 2>&1; then
 else
     digest() { ${PYTHON:-python3} -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'; }
 fi
-hash=$(cat kernels/csrc/*.cu kernels/csrc/*.cuh | digest)
+hash=$(cat kernels/csrc/cuda/*.cu kernels/csrc/cuda/*.cuh | digest)
 [ -n "$hash" ] || fail "cannot compute a hash: install sha256sum or set PYTHON."
 flags="-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xptxas -v"
 build_id=$(echo "$hash $NVCC $version $flags $gencode ${NVCCFLAGS:-}" | digest)
@@ -63,7 +63,7 @@ fi
 
 # 3. Compile, all files at once; the first that fails ends it.
 jobs=""
-for source in kernels/csrc/*.cu; do
+for source in kernels/csrc/cuda/*.cu; do
     object=$build/$(basename "$source" .cu).o
     # shellcheck disable=SC2086
     $NVCC $flags $gencode -DSAT_SOURCE_HASH="\"$hash\"" -DSAT_BUILD_ID="\"$build_id\"" ${NVCCFLAGS:-} \

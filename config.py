@@ -2,7 +2,7 @@
 
 A task's dict has three parts. `dataset` gives sizes for information and the script that makes the
 data, `model` and `training` are turned into frozen, checked dataclasses by the entry scripts
-(models/config.py and training/config.py say what each field means). Adding a task is adding a
+(models/config.py and training/settings.py say what each field means). Adding a task is adding a
 dict: key padding and the number of inputs are fields like any other.
 
 Fields the reference carries but never uses (num_dense_train_steps, patience, num_init_steps,

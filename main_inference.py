@@ -25,12 +25,12 @@ def main(argv) -> int:
     args = parse_arguments(argv)
     try:
         from config import Aliases, Config
-        from training import session
+        from training.commands import evaluate, launch
     except KeyboardInterrupt:
         return interrupted_early()
 
-    launch = session.Launch.from_environment(os.environ)
-    return session.guarded(lambda: session.evaluate_run(args, Config, Aliases, launch))
+    place = launch.Launch.from_environment(os.environ)
+    return launch.guarded(lambda: evaluate.evaluate_run(args, Config, Aliases, place))
 
 
 if __name__ == "__main__":

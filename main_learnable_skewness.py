@@ -28,19 +28,19 @@ def main(argv) -> int:
     args = parse_arguments(argv)
     try:  # after parsing, so that --help and typing errors answer without loading torch
         from config import Aliases, Config
-        from training import session
+        from training.commands import evaluate, launch, train
     except KeyboardInterrupt:  # in the seconds that it takes
         return interrupted_early()
 
-    launch = session.Launch.from_environment(os.environ)
+    place = launch.Launch.from_environment(os.environ)
     command = shlex.join(["python", "main_learnable_skewness.py", *argv])
 
     def job() -> int:
         if args.mode == "eval":
-            return session.evaluate_run(args, Config, Aliases, launch)
-        return session.train_run(args, Config, Aliases, launch, command)
+            return evaluate.evaluate_run(args, Config, Aliases, place)
+        return train.train_run(args, Config, Aliases, place, command)
 
-    return session.guarded(job)
+    return launch.guarded(job)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ class Plain:
         import numpy as np
         import torch
 
-        from training.evaluation import to_device
+        from training.forward import to_device
 
         device = self.run.device
         batch = self.run.train_data.batch(np.arange(begin, end))
@@ -180,7 +180,7 @@ class Ours:
     """Contenders c, d and e: the training loop's own step."""
 
     def __init__(self, run, name: str, pattern: str) -> None:
-        from models import select_blocks
+        from sparsity import select_blocks
         from training import loop
 
         self.run, self.loop = run, loop
@@ -209,13 +209,13 @@ def make_contender(name: str, arguments: argparse.Namespace):
 
     from config import Config
     from models import build_model
-    from training.config import build_config
+    from sparsity.criteria import TransitionCriterion
+    from training.commands.dry_run import made_up_data
     from training.distributed import World
     from training.interrupt import StopSignal
-    from training.logging import NullLog
+    from training.recording.log import NullLog
     from training.run import Run, RunOptions
-    from training.session import made_up_data
-    from training.transition import TransitionCriterion
+    from training.settings import build_config
 
     config, _ = build_config(arguments.task, Config[arguments.task])
     config = dataclasses.replace(
@@ -256,7 +256,7 @@ def check(name: str, contender) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from training.evaluation import attention_loss, autocast, to_device
+    from training.forward import attention_loss, autocast, to_device
 
     run = contender.run
     ids, ids_1, labels = to_device(run.train_data.batch(np.arange(2)), run.device)
@@ -399,8 +399,8 @@ def limits(task_name: str, machine: dict[str, float]) -> dict[str, float]:
     caches can beat.
     """
     from config import Config
-    from training.config import build_config
-    from training.report import flops
+    from training.recording.provenance import flops
+    from training.settings import build_config
 
     model = build_config(task_name, Config[task_name])[0].model
     found = {}

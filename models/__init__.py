@@ -3,14 +3,11 @@
 from models.attention import StatisticsRequest
 from models.classifier import ModelOutput, SequenceClassifier, build_model
 from models.config import ModelConfig
-from models.patterns import PATTERNS, select_blocks
 
 __all__ = [
-    "PATTERNS",
     "ModelConfig",
     "ModelOutput",
     "SequenceClassifier",
     "StatisticsRequest",
     "build_model",
-    "select_blocks",
 ]

@@ -27,7 +27,7 @@ from PIL import Image
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from preprocess import routing, sources, tfds_source, writer
-from training import safe_pickle
+from training.data import safe_pickle
 
 TASK = "lra-image"
 CLASSES = (

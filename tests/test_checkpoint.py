@@ -15,21 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import checkpoint
-from training.checkpoint import (
-    CheckpointError,
-    RunPaths,
+from training.recording import files
+from training.recording.checkpoint import (
     TrainState,
     check_fits,
-    find_masks,
     load_checkpoint,
     load_last_checkpoint,
-    load_masks,
-    mask_agreement,
-    previous_path,
     save_checkpoint,
-    save_masks,
 )
+from training.recording.files import CheckpointError
+from training.recording.paths import RunPaths, previous_path
+from training.recording.reference_files import find_masks, load_masks, mask_agreement, save_masks
 
 PUBLISHED = [  # folder, layers, blocks a side, kept blocks a layer = floor(density * blocks^2)
     ("seed-1/lra-image", 2, 32, 51),
@@ -221,7 +217,7 @@ def test_no_hard_links(tmp_path, monkeypatch):
     def no_link(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(checkpoint.os, "link", no_link)
+    monkeypatch.setattr(files.os, "link", no_link)
     path = tmp_path / "sat.last.model"
     for step in (10, 20, 30):
         save_checkpoint(path, make_state(step), keep_previous=True)
@@ -307,7 +303,7 @@ def test_temporary_file_of_a_living_process_is_left_alone(tmp_path):
     for file in (stale, living, other):
         file.write_bytes(b"half")
     with living.open("rb") as writer:
-        checkpoint.fcntl.flock(writer, checkpoint.fcntl.LOCK_EX)
+        files.fcntl.flock(writer, files.fcntl.LOCK_EX)
         save_checkpoint(path, make_state())
         assert sorted(leftovers(tmp_path)) == sorted([living.name, other.name])
 
@@ -331,7 +327,7 @@ def test_the_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch)
     path = tmp_path / "sat.last.model"
     save_checkpoint(path, make_state(1))
     for name in real:
-        monkeypatch.setattr(checkpoint.os, name, record(name))
+        monkeypatch.setattr(files.os, name, record(name))
     save_checkpoint(path, make_state(2), keep_previous=True)
     assert [name for name, _ in events] == ["fsync", "link", "replace", "replace", "fsync"]
     assert events[0][1].endswith(".saving") and events[-1][1] == tmp_path.name
@@ -395,7 +391,7 @@ def test_write_errors_wherever_they_come(tmp_path, monkeypatch, code, after):
             raise OSError(code, os.strerror(code))
         return real_write(descriptor, data[: max(1, len(data) // 2)])  # partial writes are legal
 
-    monkeypatch.setattr(checkpoint.os, "write", write)
+    monkeypatch.setattr(files.os, "write", write)
     text = message_of(save_checkpoint, path, make_state(20), keep_previous=True)
     monkeypatch.undo()
     assert os.strerror(code) in text
@@ -405,7 +401,7 @@ def test_write_errors_wherever_they_come(tmp_path, monkeypatch, code, after):
 
 def test_partial_writes_are_completed(tmp_path, monkeypatch):
     real_write = os.write
-    monkeypatch.setattr(checkpoint.os, "write", lambda fd, data: real_write(fd, data[:1000]))
+    monkeypatch.setattr(files.os, "write", lambda fd, data: real_write(fd, data[:1000]))
     save_checkpoint(tmp_path / "sat.model", make_state())
     assert_same(load_checkpoint(tmp_path / "sat.model"), make_state())
 
@@ -418,7 +414,7 @@ def test_errors_after_writing(tmp_path, monkeypatch, call):
     def fail(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(checkpoint.os, call, fail)
+    monkeypatch.setattr(files.os, call, fail)
     assert "Permission denied" in message_of(save_checkpoint, path, make_state(20))
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["sat.last.model"]

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 import main_learnable_skewness
-from training import report
-from training.checkpoint import load_checkpoint, load_masks, save_checkpoint
+from training.recording import words
+from training.recording.checkpoint import load_checkpoint, save_checkpoint
+from training.recording.reference_files import load_masks
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST_TRANSITION = ["--sk", "-100", "--ds", "1e9"]  # fires on the third step
@@ -61,7 +62,7 @@ def refused(code, capsys, *words):
     [(0.4, "0 s"), (99, "99 s"), (120, "2 min"), (5400, "90 min"), (45000, "12.5 h")],
 )
 def test_durations_for_people(seconds, said):
-    assert report.duration(seconds) == said
+    assert words.duration(seconds) == said
 
 
 @pytest.mark.parametrize("script", ["main_learnable_skewness.py", "main_inference.py"])

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from config import Aliases, Config
-from training.config import TaskConfig, build_config, resolve_task, unused_fields
+from training.settings import TaskConfig, build_config, resolve_task, unused_fields
 
 
 def build(task="lra-image", **arguments):

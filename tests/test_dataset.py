@@ -1,4 +1,4 @@
-"""training/dataset.py: batches, the cache under every fault, and the order of examples."""
+"""training/data/: batches, the cache under every fault, and the order of examples."""
 
 import errno
 import json
@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess import writer
-from training import dataset, safe_pickle
+from training.data import cache, dataset, order, safe_pickle
+from training.data.examples import Dataset
 
 LENGTH = 16
 TASK = {"vocab_size": 100_000, "length": LENGTH, "num_classes": 10, "num_inputs": 1}
@@ -62,7 +63,7 @@ class Notices(list):
         return sum("converting once" in text for text in self)
 
 
-def check(data: dataset.Dataset, ids: np.ndarray) -> None:
+def check(data: Dataset, ids: np.ndarray) -> None:
     indices = np.array([len(ids) - 1, 0, 3, 3])
     first, second, labels = data.batch(indices)
     assert first.dtype == labels.dtype == torch.int64 and second is None
@@ -357,7 +358,7 @@ def test_a_full_disk_keeps_the_arrays_in_memory(path, home, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_writing(path, home, monkeypatch):
-    add, calls = dataset._Column.add, []
+    add, calls = cache.Column.add, []
 
     def fail(column, block):
         calls.append(1)
@@ -365,7 +366,7 @@ def test_a_disk_that_fills_up_while_writing(path, home, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         add(column, block)
 
-    monkeypatch.setattr(dataset._Column, "add", fail)
+    monkeypatch.setattr(cache.Column, "add", fail)
     notices = Notices()
     check(dataset.open_dataset(path, **TASK, notify=notices), rows(1000))
     assert "kept in memory" in notices[-1] and "No space left" in notices[-1]
@@ -452,7 +453,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(path):
 
 
 def test_a_hung_writer_is_not_waited_for(path, monkeypatch):
-    monkeypatch.setattr(dataset, "HANGS_AFTER", 1.0)
+    monkeypatch.setattr(cache, "HANGS_AFTER", 1.0)
     child = in_the_middle(path)
     os.kill(child.process.pid, signal.SIGSTOP)
     try:
@@ -468,7 +469,7 @@ def test_a_hung_writer_is_not_waited_for(path, monkeypatch):
 
 
 def test_a_hung_writer_that_wakes_up_does_no_harm(path, monkeypatch):
-    monkeypatch.setattr(dataset, "HANGS_AFTER", 0.5)
+    monkeypatch.setattr(cache, "HANGS_AFTER", 0.5)
     child = in_the_middle(path, delay=4)
     data = dataset.open_dataset(path, **TASK, notify=Notices())
     assert child.process.is_alive()  # it still sleeps
@@ -484,7 +485,7 @@ START = f"""
 import json, sys, time
 sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
 import numpy as np, torch
-from training import dataset
+from training.data import dataset, order
 
 def anonymous():
     for line in open("/proc/self/status"):
@@ -507,7 +508,7 @@ seconds = time.perf_counter() - began
 ids, _, labels = data.batch(np.arange(3))
 checked = bool((ids[:, 0] == torch.arange(3)).all()) and labels.tolist() == [0, 1, 0]
 for step in range(200):
-    data.batch(dataset.training_indices(data.size, 0, 32 * step, 32))
+    data.batch(order.training_indices(data.size, 0, 32 * step, 32))
 result = dict(seconds=seconds, private=anonymous() - before, size=data.size, checked=checked)
 print(json.dumps(result), flush=True)
 sys.stdin.readline()
@@ -574,24 +575,24 @@ def test_full_size(tmp_path):
 )
 @settings(deadline=None)
 def test_training_order(size, seed, first, count, cut):
-    whole = dataset.training_indices(size, seed, 0, first + count)
-    part = dataset.training_indices(size, seed, first, count)
+    whole = order.training_indices(size, seed, 0, first + count)
+    part = order.training_indices(size, seed, first, count)
     assert part.dtype == np.int64 and np.array_equal(part, whole[first:])
     for begin in range(0, len(whole) - size + 1, size):
         assert sorted(whole[begin : begin + size]) == list(range(size))
     cut = min(cut, count)
     pieces = [
-        dataset.training_indices(size, seed, first, cut),
-        dataset.training_indices(size, seed, first + cut, count - cut),
+        order.training_indices(size, seed, first, cut),
+        order.training_indices(size, seed, first + cut, count - cut),
     ]
     assert np.array_equal(part, np.concatenate(pieces))
 
 
 def test_the_order_never_changes():
     """A run resumed with another NumPy, or another release of ours, goes on with the same."""
-    assert dataset.training_indices(10, 0, 0, 12).tolist() == GOLDEN[0]
-    assert dataset.training_indices(10, 1001, 5, 12).tolist() == GOLDEN[1]
-    assert dataset.evaluation_subset(1000, 8, 0).tolist() == GOLDEN[2]
+    assert order.training_indices(10, 0, 0, 12).tolist() == GOLDEN[0]
+    assert order.training_indices(10, 1001, 5, 12).tolist() == GOLDEN[1]
+    assert order.evaluation_subset(1000, 8, 0).tolist() == GOLDEN[2]
 
 
 GOLDEN = [
@@ -603,7 +604,7 @@ GOLDEN = [
 
 def test_seeds_and_permutations_differ():
     orders = {
-        tuple(dataset.training_indices(20, seed, 20 * number, 20))
+        tuple(order.training_indices(20, seed, 20 * number, 20))
         for seed in range(50)
         for number in range(20)
     }
@@ -614,18 +615,18 @@ def test_every_place_is_equally_likely():
     """Which example comes first: chi-square of 9 degrees below 27.9 (p 0.001)."""
     counts = np.zeros((2, 10))
     for seed in range(5_000):
-        order = dataset.training_indices(10, seed, 0, 10)
-        counts[0, order[0]] += 1
-        counts[1, order[7]] += 1
+        drawn = order.training_indices(10, seed, 0, 10)
+        counts[0, drawn[0]] += 1
+        counts[1, drawn[7]] += 1
     assert (((counts - 500) ** 2 / 500).sum(axis=1) < 27.9).all()
 
 
 @given(size=st.integers(1, 300), count=st.integers(0, 400), seed=st.integers(0, 5))
 @settings(deadline=None)
 def test_evaluation_subset(size, count, seed):
-    chosen = dataset.evaluation_subset(size, count, seed)
+    chosen = order.evaluation_subset(size, count, seed)
     assert chosen.dtype == np.int64 and len(set(chosen.tolist())) == min(size, count)
     assert (np.diff(chosen) > 0).all() and (
         len(chosen) == 0 or 0 <= chosen[0] <= chosen[-1] < size
     )
-    assert np.array_equal(chosen, dataset.evaluation_subset(size, count, seed))
+    assert np.array_equal(chosen, order.evaluation_subset(size, count, seed))

@@ -16,8 +16,8 @@ import pytest
 import tiny
 import torch
 
-from training.checkpoint import load_checkpoint
 from training.distributed import SILENCE_SECONDS
+from training.recording.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 # the transition comes after two dozen steps, by the rule

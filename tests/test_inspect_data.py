@@ -1,4 +1,4 @@
-"""What `python -m training.inspect_data` says of small files whose every number is known."""
+"""What `python -m training.data.inspect` says of small files whose every number is known."""
 
 import pickle
 import sys
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import inspect_data
+from training.data import inspect
 
 
 def write(path, items):
@@ -26,7 +26,7 @@ def test_a_text_task_by_hand(tmp_path, capsys):
     items = [example(b"good film", 1), example(b"bad", 0), example(b"bad", 0), example(b"", 1)]
     path = write(tmp_path / "lra-text.train.pickle", items)
     write(tmp_path / "lra-text.dev.pickle", [example(b"good film", 1), example(b"other", 1)])
-    assert inspect_data.main([str(path)]) == 0
+    assert inspect.main([str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("4 examples")
     assert "array length: 16" in lines
@@ -44,7 +44,7 @@ def test_dev_that_is_test_is_said(tmp_path, capsys):
     items = [example(b"one", 1), example(b"two", 0)]
     path = write(tmp_path / "lra-text.dev.pickle", items)
     write(tmp_path / "lra-text.test.pickle", items[::-1])
-    assert inspect_data.main([str(path)]) == 0
+    assert inspect.main([str(path)]) == 0
     assert "also in test: 2 of 2 (dev and test are the same data)" in capsys.readouterr().out
 
 
@@ -52,10 +52,10 @@ def test_listops_is_shown_as_its_tokens(tmp_path, capsys):
     # the documented order of ids: see docs/data.md
     from preprocess import create_listops
 
-    form_tokens = inspect_data.LISTOPS
+    form_tokens = inspect.LISTOPS
     ids = np.array([form_tokens.index(t) + 1 for t in ("MAX", "2", "9")] + [0] * 5, np.int32)
     path = write(tmp_path / "lra-listops.test.pickle", [{"input_ids_0": ids, "label": 9}])
-    assert inspect_data.main([str(path)]) == 0
+    assert inspect.main([str(path)]) == 0
     assert "label 9: MAX 2 9" in capsys.readouterr().out
     assert create_listops.evaluate("( ( ( [MAX 2 ) 9 ) ] )") == 9
 
@@ -68,7 +68,7 @@ def test_pictures_become_a_sheet(tmp_path, capsys):
     ]
     path = write(tmp_path / "lra-image.test.pickle", items)
     picture = tmp_path / "sheet.png"
-    assert inspect_data.main([str(path), "--picture", str(picture), "--examples", "11"]) == 0
+    assert inspect.main([str(path), "--picture", str(picture), "--examples", "11"]) == 0
     pixels = np.asarray(Image.open(picture))
     # the first picture, enlarged three times, after a margin of six
     shown = pixels[6 : 6 + 96 : 3, 6 : 6 + 96 : 3]
@@ -91,11 +91,11 @@ def test_pictures_become_a_sheet(tmp_path, capsys):
 )
 def test_mistakes_end_in_a_sentence(tmp_path, capsys, name, content, words):
     path = write(tmp_path / name, content)
-    assert inspect_data.main([str(path)]) == 2
+    assert inspect.main([str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):
-    assert inspect_data.main([str(tmp_path / "lra-text.dev.pickle")]) == 2
+    assert inspect.main([str(tmp_path / "lra-text.dev.pickle")]) == 2
     assert "lra-text.dev.pickle" in capsys.readouterr().err

@@ -21,9 +21,11 @@ import pytest
 import torch
 
 from preprocess import writer
-from training import logging
-from training.checkpoint import RunPaths, load_checkpoint, load_masks
 from training.interrupt import StopSignal
+from training.recording.checkpoint import load_checkpoint
+from training.recording.log import RunLog, import_tensorboard
+from training.recording.paths import RunPaths
+from training.recording.reference_files import load_masks
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK, STEPS, LENGTH = "lra-listops", 60, 64
@@ -56,12 +58,13 @@ def serve():
 
     import main_learnable_skewness
     from config import Config  # noqa: F401
-    from training import loop, report
+    from training import loop
+    from training.recording import words
 
-    logging.import_tensorboard()  # what a run does late, so that only the server has to
+    import_tensorboard()  # what a run does late, so that only the server has to
     # Drawing would take most of a run's time, and most kills would hit it.
-    report.draw_transition = lambda *_: np.zeros((2, 2, 3), np.uint8)
-    report.draw_run = lambda *_: None
+    words.draw_transition = lambda *_: np.zeros((2, 2, 3), np.uint8)
+    words.draw_run = lambda *_: None
     loop.FIRST_BEST_STEP = 1  # these runs are shorter than the 100 steps it takes otherwise
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -192,7 +195,7 @@ def without_measurements(value):
 
 def curves(paths):
     """Every TensorBoard scalar as [(step, value)], as tensorboard itself reads the folder."""
-    logging.import_tensorboard()
+    import_tensorboard()
     from tensorboard.backend.event_processing import event_accumulator
 
     sizes = dict.fromkeys(event_accumulator.DEFAULT_SIZE_GUIDANCE, 0)
@@ -308,7 +311,7 @@ def test_curves_of_a_run_killed_between_evaluation_and_save(tmp_path):
     places = {"metrics_path": paths.metrics, "tensorboard_dir": paths.tensorboard}
 
     def session(steps, **resume):
-        log = logging.RunLog(paths.log, **places, **resume)
+        log = RunLog(paths.log, **places, **resume)
         positions = []
         for step in steps:
             log.scalars(step, {"train/loss": step / 10})

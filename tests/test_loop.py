@@ -13,9 +13,9 @@ import tiny
 import torch
 
 from models import SequenceClassifier
-from training import loop
-from training.checkpoint import load_checkpoint
+from training import step
 from training.interrupt import StopSignal
+from training.recording.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST_TRANSITION = ["--sk", "-100", "--ds", "1e9"]
@@ -107,7 +107,7 @@ def test_other_errors_are_not_taken_for_memory(fresh, monkeypatch):
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])
 def test_numbers_that_break_stop_before_the_weights_move(fresh, capsys, monkeypatch, part):
-    step = loop._train_step
+    train_one = step._train_step
 
     def poisoned(run):
         if run.step == 17:
@@ -117,9 +117,9 @@ def test_numbers_that_break_stop_before_the_weights_move(fresh, capsys, monkeypa
                     weight[0, 0] = torch.inf
             else:
                 weight.register_hook(lambda gradient: gradient * torch.nan)
-        return step(run)
+        return train_one(run)
 
-    monkeypatch.setattr(loop, "_train_step", poisoned)
+    monkeypatch.setattr(step, "_train_step", poisoned)
     assert tiny.train(fresh, *FAST_TRANSITION) == 1
     error = capsys.readouterr().err
     last = tiny.checkpoints(fresh) / "sat.last.model"
@@ -132,14 +132,14 @@ def test_numbers_that_break_stop_before_the_weights_move(fresh, capsys, monkeypa
 
 
 def test_a_signal_ends_the_run_after_its_step(fresh, capsys, monkeypatch):
-    step = loop._train_step
+    train_one = step._train_step
 
     def interrupted(run):
         if run.step == 7:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(run)
+        return train_one(run)
 
-    monkeypatch.setattr(loop, "_train_step", interrupted)
+    monkeypatch.setattr(step, "_train_step", interrupted)
     before = signal.getsignal(signal.SIGINT)
     assert tiny.train(fresh, *FAST_TRANSITION) == 130
     assert signal.getsignal(signal.SIGINT) is before

@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from config import Config
 from kernels import DropoutKey
-from models import StatisticsRequest, build_model, select_blocks
+from models import StatisticsRequest, build_model
 from models.config import ModelConfig, checked_fields
-from training.checkpoint import find_masks, load_checkpoint
-from training.statistics import pattern_loss
+from sparsity import select_blocks
+from sparsity.pattern_loss import pattern_loss
+from training.recording.checkpoint import load_checkpoint
+from training.recording.reference_files import find_masks
 
 BACKENDS = [name for name, usable in kernels.available_backends().items() if usable is True]
 

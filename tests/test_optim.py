@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from config import Config
-from training.config import build_config
 from training.optim import PhaseOptimizer
+from training.settings import build_config
 
 
 def schedule(config, phase="dense", steps=None):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models import PATTERNS, select_blocks
+from sparsity import PATTERNS, select_blocks
 
 
 def test_learned_takes_the_largest_scores():

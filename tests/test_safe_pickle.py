@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training import safe_pickle
+from training.data import safe_pickle
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -414,7 +414,7 @@ def bombs(size: int) -> dict[str, bytes]:
 CHILD = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from training import safe_pickle
+from training.data import safe_pickle
 base = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (base + (400 << 20),) * 2)
 try:

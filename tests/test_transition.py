@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from training.statistics import frobenius_distance, skewness
-from training.transition import TransitionCriterion
+from sparsity.criteria import TransitionCriterion
+from sparsity.observe import frobenius_distance, skewness
 
 
 def layer(*values):

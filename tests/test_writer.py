@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess import writer
-from training import safe_pickle
+from training.data import safe_pickle
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

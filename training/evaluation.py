@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from models import ModelOutput, SequenceClassifier, StatisticsRequest
-from training.dataset import Dataset
+from models import SequenceClassifier, StatisticsRequest
+from training.data.examples import Dataset
 from training.distributed import World
-from training.statistics import pattern_loss
+from training.forward import attention_loss, autocast, to_device
 
 
 @dataclass(frozen=True)
@@ -63,23 +62,3 @@ def evaluate(
     world.sum_([totals])
     loss, correct, attention = (totals / len(indices)).tolist()
     return Evaluation(loss, correct, attention if dense else None, len(indices))
-
-
-def attention_loss(model: SequenceClassifier, output: ModelOutput, scale: float) -> Tensor:
-    """The pattern loss of a dense forward; with two documents the mean of theirs."""
-    assert output.statistics is not None
-    loss = pattern_loss(output.statistics, model.patterns, scale)
-    if output.statistics_1 is not None:
-        loss = (loss + pattern_loss(output.statistics_1, model.patterns, scale)) / 2
-    return loss
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context a forward runs in."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
-
-
-def to_device(batch, device: torch.device):
-    """A batch of the dataset on the model's device."""
-    return tuple(None if part is None else part.to(device, non_blocking=True) for part in batch)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from training.config import TrainingConfig
+from training.settings import TrainingConfig
 
 GRADIENT_CLIP = 1.0  # each gradient value is clipped to [-1, 1]
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from models import SequenceClassifier
-from training.checkpoint import RunPaths
-from training.config import TaskConfig
-from training.dataset import Dataset
+from sparsity.criteria import TransitionCriterion
+from training.data.examples import Dataset
 from training.distributed import World
 from training.interrupt import StopSignal
-from training.logging import NullLog
 from training.optim import PhaseOptimizer
-from training.transition import TransitionCriterion
+from training.recording.log import NullLog
+from training.recording.paths import RunPaths
+from training.settings import TaskConfig
 
 
 class TrainingFailed(RuntimeError):

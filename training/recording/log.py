@@ -16,7 +16,7 @@ import types
 from pathlib import Path
 from typing import Any, TextIO
 
-from training.checkpoint import replace_file
+from training.recording.files import replace_file
 
 
 def say(text: str) -> None:

@@ -1,27 +1,19 @@
-"""A data pickle as batches of tensors.
+"""A pickle's arrays as memory-mapped files: how they are written once, and opened.
 
-The first time a pickle is opened its arrays are written once, as memory-mapped .npy files of the
-smallest unsigned type that holds the ids; later starts map them, in milliseconds, and processes
-share their pages. The cache `<pickle>.cache/` lies beside the pickle, or in the user's cache
-folder if it cannot be written there; if neither can, the arrays stay in memory. It belongs to one
-state of the pickle (size, modification time and inode; if only the last two differ, the content
-decides).
+The cache `<pickle>.cache/` lies beside the pickle, or in the user's cache folder if it cannot be
+written there. It belongs to one state of the pickle (size, modification time and inode; if only
+the last two differ, the content decides).
 
 A cache becomes valid by the atomic replacement of one small file, meta.json, which names its
-arrays. So a process that is killed
-while writing leaves nothing that counts, and processes that start at once cannot disturb each
-other: one writes, the others wait for it as long as it makes progress, and write their own if it
-hangs.
-
-Shapes: B batch, N padded length.
+arrays. So a process that is killed while writing leaves nothing that counts, and processes that
+start at once cannot disturb each other: one writes, the others wait for it as long as it makes
+progress, and write their own if it hangs.
 """
 
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -33,112 +25,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
-from training import safe_pickle
+from training.data import safe_pickle
+from training.data.examples import Dataset
 
 VERSION = 1  # of the cache's layout
+
+
 CHUNK = 256  # examples converted at a time
+
+
 HANGS_AFTER = 30.0  # seconds without progress of another process that writes the cache
-TOO_LARGE = 8  # times the task's size: no longer a variant of it
-
-_SCRIPTS = {
-    "lra-image": "create_cifar10.py",
-    "lra-listops": "create_listops.py",
-    "lra-text": "create_text.py",
-    "lra-retrieval": "create_retrieval.py",
-    "lra-pathfinder32": "create_pathfinder.py",
-    "lra-news1": "create_agnews.py",
-    "lra-yelp1": "create_yelp.py",
-    "lra-nature": "create_inaturalist.py",
-}
 
 
-class Dataset:
-    """The examples of one split. Attributes: size, length (N), num_inputs, labels (unsigned array
-    [size])."""
-
-    def __init__(self, ids: list[np.ndarray], labels: np.ndarray):
-        self._ids = ids
-        self.labels = labels
-        self.size, self.length = ids[0].shape
-        self.num_inputs = len(ids)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """The examples at `indices` (int64 array [B]): ids [B, N], second ids [B, N] or None,
-        labels [B], all int64."""
-        ids = [torch.from_numpy(column[indices].astype(np.int64)) for column in self._ids]
-        labels = torch.from_numpy(self.labels[indices].astype(np.int64))
-        return ids[0], ids[1] if self.num_inputs == 2 else None, labels
-
-
-def open_dataset(
-    path,
-    *,
-    vocab_size: int,
-    length: int,
-    num_classes: int,
-    num_inputs: int,
-    expected_size: int | None = None,
-    cache_dir=None,
-    notify: Callable[[str], None] = print,
-) -> Dataset:
-    """Opens a data pickle (docs/data.md), by its cache if there is a valid one.
-
-    Args:
-        vocab_size, length, num_classes: what the ids (0..vocab_size-1), their number in every
-        example, and the labels
-            (0..num_classes-1) are checked against.
-        num_inputs: 2 if the examples have input_ids_1 as well, else 1.
-        expected_size: examples that the task has; a pickle TOO_LARGE times as large is refused
-        before it is read.
-        cache_dir: folder of the cache instead of the pickle's own folder and the user's cache
-        folder.
-        notify: gets one line about anything that takes time or differs from the usual.
-    Raises: ValueError, one sentence naming file, item and value; OSError if the pickle cannot be
-    read.
-    """
-    wanted = _Wanted(Path(path), vocab_size, length, num_classes, num_inputs)
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except FileNotFoundError:
-        raise ValueError(_missing(Path(path))) from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder, not a data pickle") from None
-    with file:
-        _check_size(file, wanted, expected_size)
-        for folder in _cache_folders(Path(path), cache_dir):
-            dataset = _open_cache(folder, file, wanted)
-            if dataset is not None:
-                return dataset
-        reasons = []
-        for folder in _cache_folders(Path(path), cache_dir):
-            try:
-                with _writing(folder, notify):
-                    dataset = _open_cache(
-                        folder, file, wanted
-                    )  # another process may have written it
-                    if dataset is not None:
-                        return dataset
-                    notify(f"{path}: converting once to memory-mapped arrays in {folder}")
-                    _write_cache(folder, file, wanted)
-                dataset = _open_cache(folder, file, wanted)
-                if dataset is not None:
-                    return dataset
-                reasons.append(f"{folder}: removed while it was written")
-            except OSError as error:
-                dataset = _open_cache(folder, file, wanted)  # while we hung, another wrote it
-                if dataset is not None:
-                    return dataset
-                reasons.append(f"{folder}: {error.strerror or error}")
-        notify(f"{path}: kept in memory, no cache could be written ({'; '.join(reasons)})")
-        return _read_into_memory(file, wanted)
-
-
-class _Wanted:
+class Wanted:
     """What the task asks of a pickle, and the sentences for one that does not have it."""
 
     def __init__(
@@ -180,32 +80,7 @@ class _Wanted:
         )
 
 
-def _missing(path: Path) -> str:
-    for task, script in _SCRIPTS.items():
-        if path.name.startswith(task):
-            return f"{path} does not exist: make it with `python preprocess/{script}`"
-    return f"{path} does not exist"
-
-
-def _check_size(file: BinaryIO, wanted: _Wanted, expected_size: int | None) -> None:
-    if expected_size is None:
-        return
-    size = os.fstat(file.fileno()).st_size
-    task = (
-        expected_size * wanted.num_inputs * (4 * wanted.length + 150)
-    )  # 4 bytes an id and what surrounds them
-    if size > TOO_LARGE * task:
-        raise ValueError(
-            f"{wanted.path} has {size / 1e9:,.1f} GB, {size / task:,.0f} times what the task's "
-            f"{expected_size:,} examples need (the original create_cifar10.py repeats its train "
-            "split without end): make it again, or set the task's dataset size if it is meant"
-        )
-
-
-# ---- the cache ----------------------------------------------------------------------------------
-
-
-def _cache_folders(path: Path, cache_dir) -> list[Path]:
+def cache_folders(path: Path, cache_dir) -> list[Path]:
     real = path.resolve()
     name = f"{real.name}.cache"
     place = hashlib.sha256(os.fsencode(real)).hexdigest()[
@@ -216,7 +91,7 @@ def _cache_folders(path: Path, cache_dir) -> list[Path]:
     return [real.parent / name, Path("~/.cache/sat").expanduser() / place / name]
 
 
-def _state(file: BinaryIO) -> dict[str, int]:
+def file_state(file: BinaryIO) -> dict[str, int]:
     status = os.fstat(file.fileno())
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
 
@@ -229,16 +104,16 @@ def _content_hash(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _open_cache(folder: Path, file: BinaryIO, wanted: _Wanted) -> Dataset | None:
+def open_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> Dataset | None:
     """The cached arrays, or None if there are none of this state of the pickle."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        if meta["version"] != VERSION or meta["pickle"]["size"] != _state(file)["size"]:
+        if meta["version"] != VERSION or meta["pickle"]["size"] != file_state(file)["size"]:
             return None
-        if meta["pickle"] != _state(file):
+        if meta["pickle"] != file_state(file):
             if meta["sha256"] != _content_hash(file):
                 return None
-            meta["pickle"] = _state(file)
+            meta["pickle"] = file_state(file)
             with contextlib.suppress(OSError):  # a folder we cannot write: hashed at every start
                 _replace(folder / "meta.json", json.dumps(meta))
         arrays = [_map(folder / name) for name in meta["files"]]
@@ -267,7 +142,7 @@ def _map(path: Path) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path, notify: Callable[[str], None]) -> Iterator[None]:
+def writing(folder: Path, notify: Callable[[str], None]) -> Iterator[None]:
     """Waits for other processes that write this cache; then removes what killed ones left."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "ab") as lock:
@@ -330,10 +205,10 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def _write_cache(folder: Path, file: BinaryIO, wanted: _Wanted) -> None:
+def write_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> None:
     """Converts the pickle to arrays in `folder`. Raises OSError (disk full, folder removed) and
     leaves nothing."""
-    state = _state(file)
+    state = file_state(file)
     needed = state["size"] // 4  # a byte an id where the pickle has four
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -342,9 +217,9 @@ def _write_cache(folder: Path, file: BinaryIO, wanted: _Wanted) -> None:
     try:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(folder / name, "x+b")) for name in names]
-            columns = [_Column(f) for f in files]
+            columns = [Column(f) for f in files]
             digest = hashlib.sha256()
-            _convert(
+            convert(
                 file,
                 wanted,
                 columns,
@@ -357,7 +232,7 @@ def _write_cache(folder: Path, file: BinaryIO, wanted: _Wanted) -> None:
                 os.fsync(f.fileno())
                 if not os.path.samestat(os.fstat(f.fileno()), os.stat(folder / name)):
                     raise FileNotFoundError(errno.ENOENT, "replaced while it was written")
-        if _state(file) != state:
+        if file_state(file) != state:
             raise ValueError(f"{wanted.path} was changed while it was read")
         meta = {
             "version": VERSION,
@@ -393,40 +268,12 @@ class _Progress:
                 os.utime(self._path)
 
 
-def _read_into_memory(file: BinaryIO, wanted: _Wanted) -> Dataset:
-    needed, available = _state(file)["size"] // 4, _available_memory()
-    if available is not None and needed > available:
-        raise ValueError(
-            f"{wanted.path} needs {needed / 1e9:,.1f} GB of memory, {available / 1e9:,.1f} GB are "
-            "available: free some disk space for its cache instead"
-        )
-    files = [io.BytesIO() for _ in (*wanted.keys, "label")]
-    columns = [_Column(f) for f in files]
-    _convert(file, wanted, columns)
-    arrays = []
-    for column, f in zip(columns, files, strict=True):
-        column.finish()
-        flat = np.frombuffer(f.getbuffer(), column.dtype, offset=_NPY_HEADER)
-        arrays.append(flat.reshape(column.shape))
-    labels = arrays.pop()
-    return Dataset(arrays, labels)
-
-
-def _available_memory() -> int | None:
-    """Bytes, where the system says so."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 # ---- conversion ---------------------------------------------------------------------------------
 
-_NPY_HEADER = 128  # bytes: room for any shape, written at the end
+NPY_HEADER = 128  # bytes: room for any shape, written at the end
 
 
-class _Column:
+class Column:
     """Writes one .npy file chunk by chunk, in the smallest unsigned type so far."""
 
     def __init__(self, file):
@@ -435,7 +282,7 @@ class _Column:
         self.shape: tuple[int, ...] = (0,)
         self.largest = -1
         self.largest_item = -1
-        file.write(bytes(_NPY_HEADER))
+        file.write(bytes(NPY_HEADER))
 
     def add(self, rows: np.ndarray) -> None:
         """rows: int64 [rows] or [rows, N], none negative."""
@@ -456,9 +303,9 @@ class _Column:
         self._file.flush()
         for end in range(count, 0, -step):
             start = max(0, end - step)
-            self._file.seek(_NPY_HEADER + start * old.itemsize)
+            self._file.seek(NPY_HEADER + start * old.itemsize)
             values = np.frombuffer(self._file.read((end - start) * old.itemsize), old)
-            self._file.seek(_NPY_HEADER + start * dtype.itemsize)
+            self._file.seek(NPY_HEADER + start * dtype.itemsize)
             self._file.write(values.astype(dtype).data)
         self._file.seek(0, os.SEEK_END)
         self.dtype = dtype
@@ -467,16 +314,16 @@ class _Column:
         text = (
             f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': {self.shape!r}, }}"
         )
-        header = text.encode().ljust(_NPY_HEADER - 11) + b"\n"
+        header = text.encode().ljust(NPY_HEADER - 11) + b"\n"
         self._file.seek(0)
         self._file.write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
         self._file.flush()
 
 
-def _convert(
+def convert(
     file: BinaryIO,
-    wanted: _Wanted,
-    columns: list[_Column],
+    wanted: Wanted,
+    columns: list[Column],
     on_read: Callable[[bytes], object] | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> None:
@@ -514,7 +361,7 @@ def _convert(
         raise ValueError(f"{wanted.path} holds no examples")
 
 
-def _check_item(item: Any, number: int, wanted: _Wanted) -> None:
+def _check_item(item: Any, number: int, wanted: Wanted) -> None:
     if type(item) is not dict:
         raise wanted.error(number, f"is a {type(item).__name__}, not a dict of arrays")
     num_inputs = 2 if "input_ids_1" in item else 1
@@ -545,53 +392,3 @@ def _check_item(item: Any, number: int, wanted: _Wanted) -> None:
         raise wanted.error(number, f"has a {type(label).__name__} as label, not an integer")
     if not 0 <= label < wanted.num_classes:
         raise wanted.wrong_label(number, int(label))
-
-
-# ---- the order of examples ----------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(size: int, seed: int, number: int) -> np.ndarray:
-    """Permutation `number` of 0..size-1, int64, read-only: the order of random keys.
-
-    Written out (splitmix64 of a counter) rather than NumPy's permutation, whose result may change
-    with its version.
-    """
-    counter = np.arange(size, dtype=np.uint64)
-    key = counter * np.uint64(0x9E3779B97F4A7C15)
-    for word in (seed % 2**64, number):
-        key = _mix(key ^ _mix(np.full(1, word, dtype=np.uint64)))
-    order = np.argsort(key, kind="stable").astype(np.int64)
-    order.flags.writeable = False
-    return order
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64, uint64 -> uint64."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def training_indices(size: int, seed: int, first_example: int, count: int) -> np.ndarray:
-    """Which examples stand at places first_example .. first_example + count - 1 of an endless
-    training order, int64 [count].
-
-    The order is one permutation of 0..size-1 after another, each example once in each; permutation
-    number e depends on (seed, e) alone. Batches cross their borders. A pure function of its
-    arguments.
-    """
-    parts = []
-    while count > 0:
-        number, place = divmod(first_example, size)
-        part = _permutation(size, seed, number)[place : place + count]
-        parts.append(part)
-        first_example += len(part)
-        count -= len(part)
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-
-def evaluation_subset(size: int, count: int, seed: int) -> np.ndarray:
-    """A fixed choice of min(count, size) different examples, ascending, int64."""
-    return np.sort(_permutation(size, seed, 2**63)[: min(count, size)])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.statistics import frobenius_distance, skewness
+from sparsity.observe import frobenius_distance, skewness
 
 RULES = ("settled", "shifting")
 WINDOW = 200  # recent steps the outlook is based on

@@ -1,9 +1,9 @@
 """What is in a data pickle: counts, lengths, ids, labels, duplicates between splits, and a few
 examples.
 
-    python -m training.inspect_data data/lra_processed/lra-image.train.pickle
+    python -m training.data.inspect data/lra_processed/lra-image.train.pickle
 
-Reads with training.safe_pickle, one example at a time; executes nothing that a file contains.
+Reads with training.data.safe_pickle, one example at a time; executes nothing that a file contains.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training import safe_pickle
+from training.data import safe_pickle
 
 SPLITS = ("train", "dev", "test")
 PICTURES = ("lra-image", "lra-nature", "lra-pathfinder")
@@ -160,7 +160,7 @@ def contact_sheet(examples: list[dict], path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m training.inspect_data", description="Says what is in a data pickle."
+        prog="python -m training.data.inspect", description="Says what is in a data pickle."
     )
     parser.add_argument("file", type=Path, help="a <task>.<split>.pickle")
     parser.add_argument("--examples", type=int, default=16, help="how many to show (default: 16)")

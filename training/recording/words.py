@@ -1,4 +1,4 @@
-"""What a run says and shows: the words of each event, run.json, pictures.
+"""What a run says and shows: the words of each event.
 
 Called by the loop at fixed places; decides nothing.
 """
@@ -6,23 +6,16 @@ Called by the loop at fixed places; decides nothing.
 from __future__ import annotations
 
 import json
-import platform
-import sys
-import time
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 import kernels
-from models.config import ModelConfig
+from sparsity.criteria import Decision
 from training import memory
 from training.evaluation import Evaluation
-from training.logging import write_json
+from training.recording.figures import draw_run, draw_transition
+from training.recording.provenance import device_name, write_run_json
 from training.run import Run, StepResult
-from training.transition import Decision
 
 # ---- start -------------------------------------------------------------------------
 
@@ -86,30 +79,6 @@ def run_resumed(run: Run, warnings: list[str]) -> None:
     for warning in warnings:
         run.log.line(f"warning: {warning}")
     run.log.line(f"resumed at step {run.step}, {run.phase} phase")
-
-
-def resolved_settings(run: Run) -> dict[str, Any]:
-    """What was decided at the start and a resumed run takes over."""
-    return {
-        "seed": run.options.seed,
-        "pattern": run.options.pattern,
-        "when": run.criterion.when,
-        "max_dense_steps": run.options.max_dense_steps,
-        "patience": run.options.patience,
-        "micro_batch_size": run.options.micro_batch_size,
-        "precision": run.options.precision,
-        "backend": run.model.backend,
-        "device": run.device.type,
-        "processes": run.world.size,
-        "threads": torch.get_num_threads(),
-        "train_examples": run.train_data.size,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def processes_text(run: Run) -> str:
@@ -326,200 +295,9 @@ def run_finished(run: Run, result: Evaluation) -> None:
     run.log.line(f"curves: tensorboard --logdir {run.paths.tensorboard}")
 
 
-# ---- run.json ----------------------------------------------------------------------
-
-
 def duration(seconds: float) -> str:
     """Seconds for people."""
     for unit, size in (("s", 1), ("min", 60)):
         if seconds < 100 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 3600:.1f} h"
-
-
-def flops(model: ModelConfig, batch_size: int, phase: str) -> dict[str, float]:
-    """Floating-point operations of one training step, forward and backward, one multiply-add
-    counted as two.
-
-    attention: the two products forward (4 B H n d for n attended pairs) and the four backward;
-    recomputation is not counted. statistics: the scores of a dense step's mean attention once
-    more. step: all of it with the linear layers.
-    """
-    pairs: float = model.padded_length**2
-    if phase == "sparse":
-        pairs = model.num_active_blocks * model.block_size**2
-    examples = batch_size * model.num_inputs
-    inner = model.num_head * model.head_dim
-    per_pass = 4.0 * examples * inner * pairs * model.num_layers
-    attention = 3 * per_pass
-    statistics = per_pass / 2 if phase == "dense" else 0.0
-    weights = model.transformer_dim * (4 * inner + 2 * model.transformer_hidden_dim)
-    linear = 3 * 2.0 * examples * model.padded_length * weights * model.num_layers
-    return {
-        "attention": attention,
-        "statistics": statistics,
-        "step": attention + statistics + linear,
-    }
-
-
-def write_run_json(run: Run, command: str | None = None, result: dict | None = None) -> None:
-    """The facts of a run, readable without loading anything: configuration, versions, device,
-    FLOPs, result."""
-    if not run.world.is_main or run.paths is None:
-        return
-    path = run.paths.run_json
-    facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if command is not None:
-        facts = {
-            "config": run.config.as_dict(),
-            "command": command,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": versions(),
-            "device": device_name(run.device),
-            "resolved": resolved_settings(run),
-            "num_parameters": sum(p.numel() for p in run.model.parameters()),
-            "flops_per_step": {
-                phase: flops(run.config.model, run.config.training.batch_size, phase)
-                for phase in ("dense", "sparse")
-            },
-            "result": None,
-        }
-    if result is not None:
-        facts["result"] = result
-    write_json(path, facts)
-
-
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "platform": sys.platform,
-    }
-
-
-# ---- pictures ----------------------------------------------------------------------
-
-
-def draw_transition(
-    path: Path, attention: np.ndarray | None, scores: np.ndarray, masks: np.ndarray, step: int
-) -> np.ndarray:
-    """Writes a PNG with a column a layer: mean attention, pattern scores, kept blocks.
-
-    Args:
-        attention: [L, N, N] or None; scores: [L, nb, nb]; masks: bool [L, nb, nb].
-
-    Returns: the picture, uint8 [height, width, 3].
-    """
-    figure, canvas = _figure(3.2 * len(masks) + 0.6, 9.6 if attention is not None else 6.6)
-    rows = 3 if attention is not None else 2
-    axes = figure.subplots(rows, len(masks), squeeze=False)
-    for layer in range(len(masks)):
-        column = list(axes[:, layer])
-        if attention is not None:
-            axis = column.pop(0)
-            # averaged down to what the picture can show; logarithmic, as attention spans orders of
-            # magnitude
-            size = attention.shape[-1]
-            factor = max(1, size // 256)
-            small = attention[layer].reshape(size // factor, factor, size // factor, factor)
-            values = np.log10(np.maximum(small.mean(axis=(1, 3)), 1e-9))
-            low = max(float(values.min()), float(values.max()) - 4)
-            shown = axis.imshow(
-                values,
-                cmap="viridis",
-                vmin=low,
-                extent=(0, size, size, 0),
-                interpolation="nearest",
-            )
-            axis.set_title(f"layer {layer}: mean attention", fontsize=9)
-            axis.set_ylabel("query" if layer == 0 else "")
-            figure.colorbar(shown, ax=axis, fraction=0.046, label="log10")
-        shown = column[0].imshow(scores[layer], cmap="magma", interpolation="nearest")
-        column[0].set_title("learned pattern scores", fontsize=9)
-        figure.colorbar(shown, ax=column[0], fraction=0.046)
-        column[1].imshow(masks[layer], cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
-        column[1].set_title(
-            f"{int(masks[layer].sum())} of {masks[layer].size} blocks kept", fontsize=9
-        )
-        column[1].set_xlabel("key block")
-        for axis in column:
-            if layer == 0:
-                axis.set_ylabel("query block")
-    figure.suptitle(f"transition after step {step}", fontsize=11)
-    return _save(figure, canvas, path)
-
-
-def draw_run(path: Path, records: list[dict[str, Any]], skewness: float, distance: float) -> None:
-    """Writes a PNG of a whole run from its metrics: loss, dev accuracy, skewness and change
-    against their thresholds."""
-    train = [r for r in records if r["event"] == "train"]
-    evals = [r for r in records if r["event"] == "eval"]
-    switch = [r["step"] for r in records if r["event"] == "transition"]
-    dense = [r for r in train if r["phase"] == "dense"]
-    figure, canvas = _figure(8.0, 7.6)
-    top, middle, bottom = figure.subplots(3, 1)
-    top.plot([r["step"] for r in train], [r["loss"] for r in train], lw=0.8, label="train loss")
-    if evals:
-        right = top.twinx()
-        right.plot(
-            [r["step"] for r in evals],
-            [r["accuracy"] for r in evals],
-            "o-",
-            color="tab:orange",
-            ms=4,
-            label="dev accuracy",
-        )
-        right.set_ylabel("dev accuracy", color="tab:orange")
-    top.set_ylabel("train loss", color="tab:blue")
-    layers = range(len(train[0]["skewness"])) if train else range(0)
-    for layer in layers:
-        steps = [r["step"] for r in dense]
-        middle.plot(
-            steps, [_gap(r["skewness"][layer]) for r in dense], lw=1, label=f"layer {layer}"
-        )
-        bottom.plot(
-            steps,
-            [_gap(r["change_percent"][layer]) for r in dense],
-            lw=0.8,
-            label=f"layer {layer}",
-        )
-    middle.axhline(skewness, color="black", ls="--", lw=0.8, label="threshold")
-    middle.set_ylabel("skewness")
-    bottom.axhline(distance, color="black", ls="--", lw=0.8, label="threshold")
-    bottom.set_yscale("log")
-    bottom.set_ylabel("change of distance, %")
-    bottom.set_xlabel("step")
-    for axis in (top, middle, bottom):
-        for step in switch:
-            axis.axvline(step, color="tab:red", lw=1)
-    for axis in (middle, bottom):
-        if dense:
-            axis.legend(fontsize=8, loc="best")
-    top.set_title(
-        "red line: transition to sparse attention" if switch else "no transition", fontsize=9
-    )
-    _save(figure, canvas, path)
-
-
-def _gap(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _figure(width: float, height: float):
-    # the object interface with its own canvas: no global state, no display
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return figure, FigureCanvasAgg(figure)
-
-
-def _save(figure, canvas, path: Path) -> np.ndarray:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    from PIL import Image
-
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    Image.fromarray(pixels).save(path)
-    return pixels

@@ -1,0 +1,313 @@
+"""--mode train: from parsed arguments to a run.
+
+Checks everything first and writes only when all is well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import build_model
+from sparsity.criteria import TransitionCriterion
+from training import loop, memory
+from training.commands.dry_run import dry_run, made_up_data
+from training.commands.evaluate import model_of, timed_test
+from training.commands.launch import (
+    Launch,
+    check_writable,
+    open_split,
+    resolve_backend,
+    resolve_device,
+    resolve_precision,
+)
+from training.data.examples import Dataset
+from training.distributed import join_world
+from training.interrupt import StopSignal
+from training.recording import provenance, words
+from training.recording.checkpoint import (
+    TrainState,
+    check_fits,
+    load_checkpoint,
+    load_last_checkpoint,
+)
+from training.recording.files import CheckpointError, remove_stale_temporaries
+from training.recording.log import NullLog, RunLog
+from training.recording.paths import RunPaths
+from training.run import Run, RunOptions, TrainingFailed
+from training.settings import TaskConfig, build_config, resolve_task, unused_fields
+
+
+def train_run(
+    args: argparse.Namespace,
+    tasks: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    launch: Launch,
+    command: str,
+) -> int:
+    """--mode train: a new run, a resumed one, or a dry run; ends with the test result."""
+    task = resolve_task(args.task, tasks, aliases)
+    paths = RunPaths(Path(args.output_dir), args.random, task, args.name)
+    if launch.restarts:  # the job was started anew after a failure: it goes on, whatever was typed
+        args.resume = True
+    state = None
+    said: list[str] = []
+    if not args.dry_run:
+        state = _state_to_resume(args, paths, said)
+    config, notices = _training_config(args, task, tasks[task], state)
+    notices = said + notices
+    stored = (state.training or {}).get("resolved", {}) if state is not None else {}
+    device = resolve_device(args.device, launch)
+    memory.keep_freed_memory()
+    precision = _taken_over(
+        args.precision, "auto", stored, "precision", lambda: resolve_precision("auto", device)
+    )
+    precision = resolve_precision(precision, device)
+    pattern = _taken_over(args.pattern, None, stored, "pattern", lambda: "learned")
+    when = _taken_over(args.transition_when, None, stored, "when", lambda: "settled")
+    max_dense_steps = _taken_over(
+        args.max_dense_steps, None, stored, "max_dense_steps", lambda: None
+    )
+    if max_dense_steps == 0 and pattern == "learned":
+        raise ValueError(
+            "--max_dense_steps 0 leaves nothing to learn a pattern from; add --pattern band or "
+            "--pattern random"
+        )
+    backend = resolve_backend(args.backend, device)
+    datasets: tuple[Dataset, Dataset]
+    if args.dry_run:
+        datasets = (made_up_data(config), made_up_data(config))
+    else:
+        train_data, dev_data, test_data = (
+            open_split(args.data_dir, config, tasks[task], split, launch)
+            for split in ("train", "dev", "test")
+        )
+        datasets = (train_data, dev_data)
+        check_writable(paths.output_dir)
+    world = join_world(launch.rank, launch.size, device)
+    world.wait()  # all have looked for an earlier run before the first file of this one is there
+    micro = args.micro_batch_size or stored.get("micro_batch_size")
+    if micro is None or micro == "auto":
+        micro = stored.get("micro_batch_size") or memory.auto_micro_batch(
+            config.model, config.training.batch_size, device, world.size
+        )
+
+    torch.manual_seed(args.random)
+    model = build_model(config.model, backend).to(device)
+    options = RunOptions(
+        seed=args.random,
+        pattern=pattern,
+        max_dense_steps=max_dense_steps,
+        patience=stored.get("patience") if args.patience is None else args.patience,
+        stop_after=args.stop_after,
+        micro_batch_size=micro,
+        precision=precision,
+        resume_command=_resume_command(command),
+    )
+    log = NullLog()
+    if world.is_main and not args.dry_run:
+        resume_step = resume_position = None
+        if args.resume:
+            resume_step = state.step if state is not None else -1
+            resume_position = (state.training or {})["log"] if state is not None else None
+        log = RunLog(
+            paths.log,
+            metrics_path=paths.metrics,
+            tensorboard_dir=paths.tensorboard,
+            total_steps=config.training.num_train_steps,
+            resume_step=resume_step,
+            resume_position=resume_position,
+        )
+    run = Run(
+        config=config,
+        options=options,
+        paths=None if args.dry_run else paths,
+        device=device,
+        world=world,
+        log=log,
+        model=model,
+        train_data=datasets[0],
+        dev_data=datasets[1],
+        stop=StopSignal(),
+        criterion=TransitionCriterion(config.training.skewness, config.training.distance, when),
+    )
+    try:
+        if args.dry_run:
+            return dry_run(run)
+        run.stop.install()
+        if state is None:
+            words.run_started(run, notices, unused_fields(tasks[task]), command)
+        else:
+            check_fits(paths.last, state, model.state_dict())
+            loop.restore(run, state)
+            words.run_resumed(run, notices + _changed_circumstances(run, stored))
+        # its tensors are the model's now; holding both would double the criterion's memory
+        state = None
+        return _train_and_test(run, test_data)
+    except TrainingFailed as error:
+        with contextlib.suppress(OSError):  # a full disk may be the very reason
+            log.note(f"error: {error}")
+        raise
+    finally:
+        run.stop.remove()
+        log.close()
+        world.close()
+
+
+def _train_and_test(run: Run, test_data: Dataset) -> int:
+    assert run.paths is not None
+    try:
+        outcome = loop.train(run)
+    except CheckpointError as error:
+        raise TrainingFailed(str(error)) from None
+    except ValueError as error:
+        # past the checks a ValueError is our mistake, not the user's: it deserves its traceback
+        raise RuntimeError(f"internal error: {error}") from error
+    except OSError as error:
+        reason = error.strerror or error
+        last = run.paths.last
+        remark = (
+            f"the last checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        )
+        raise TrainingFailed(f"writing failed at step {run.step}: {reason}; {remark}") from None
+    if outcome == "interrupted":
+        return run.stop.exit_code(run.stop.received or run.stop.default)
+    if outcome == "stopped":
+        return 0
+    if run.stop.received:  # came too late for the loop
+        name = run.stop.name_of(run.stop.received)
+        words.resume_hint(run, f"stopped by {name}, before the test")
+        return run.stop.exit_code(run.stop.received)
+    run.stop.all_saved()
+    run.world.wait()  # the first process has written the best model
+    state = load_checkpoint(run.paths.model)
+    model = model_of(state, run.config, run.model.backend, run.device)
+    result, seconds = timed_test(
+        model,
+        test_data,
+        run.options.micro_batch_size,
+        run.device,
+        run.options.precision,
+        run.world,
+    )
+    words.test_done(run.log, result, seconds, state.phase)
+    words.run_finished(run, result)
+    return 0
+
+
+def _state_to_resume(
+    args: argparse.Namespace, paths: RunPaths, said: list[str]
+) -> TrainState | None:
+    """The checkpoint to go on from, or None for a start at step 0."""
+    used = [p for p in (paths.last, paths.model, paths.metrics, paths.run_json) if p.exists()]
+    if not args.resume:
+        if used:
+            raise ValueError(
+                f"there is a run of --random {args.random} --task {paths.task} --name {args.name} "
+                f"already ({used[0]}); "
+                f"go on with it by adding --resume, or choose another --name"
+            )
+        return None
+    remove_stale_temporaries(paths.last)
+    if not paths.last.exists() and not paths.previous.exists():
+        said.append(f"there is no checkpoint {paths.last}: --resume starts at step 0")
+        return None
+    state = load_last_checkpoint(paths.last, said.append)
+    if state.training is None:
+        raise ValueError(f"{paths.last} holds a model to evaluate, not a run to resume")
+    if state.config is not None and state.config["task"] != paths.task:
+        raise ValueError(f"{paths.last} belongs to task {state.config['task']}, not {paths.task}")
+    if state.training["resolved"]["seed"] != args.random:
+        raise ValueError(
+            f"{paths.last} belongs to --random {state.training['resolved']['seed']}, not "
+            f"{args.random}"
+        )
+    if args.stop_after is not None and args.stop_after <= state.step:
+        raise ValueError(
+            f"--stop_after {args.stop_after}: the run has {state.step} completed steps already; "
+            f"give more or leave it out"
+        )
+    return state
+
+
+def _resume_command(command: str) -> str:
+    """`command` without --stop_after, which has done its part, and with --resume."""
+    kept = []
+    words = iter(shlex.split(command))
+    for word in words:
+        if word == "--stop_after":
+            next(words)
+        elif word != "--resume" and not word.startswith("--stop_after="):
+            kept.append(word)
+    return shlex.join([*kept, "--resume"])
+
+
+def _training_config(
+    args: argparse.Namespace, task: str, task_dict: Mapping[str, Any], state: TrainState | None
+) -> tuple[TaskConfig, list[str]]:
+    """The task's configuration, or on resuming the checkpoint's, which flags may repeat but not
+    change."""
+    base = task_dict if state is None else state.config
+    assert base is not None
+    flags = {
+        "batch_size": args.batch_size,
+        "train_steps": args.train_steps,
+        "skewness": args.sk,
+        "distance": args.ds,
+    }
+    config, notices = build_config(task, base, settings=args.set, **flags)
+    if state is None:
+        return config, notices
+    resumed = TaskConfig.from_dict(base)
+    for section in ("model", "training"):
+        before, now = getattr(resumed, section).as_dict(), getattr(config, section).as_dict()
+        for name, value in before.items():
+            # how often a checkpoint is written changes nothing else
+            if now[name] != value and name != "save_seconds":
+                raise ValueError(
+                    f"cannot resume with {section}.{name}={now[name]}: the run was started with "
+                    f"{value}; "
+                    f"leave it out, or start a new run under another --name"
+                )
+    save_seconds = config.training.save_seconds
+    training = dataclasses.replace(resumed.training, save_seconds=save_seconds)
+    return dataclasses.replace(resumed, training=training), []
+
+
+def _taken_over(
+    given: Any, unset: Any, stored: dict, name: str, default: Callable[[], Any]
+) -> Any:
+    """A flag's value; on resuming the stored one, which the flag may repeat but not change."""
+    if name not in stored:
+        return default() if given == unset else given
+    if given not in (unset, stored[name]):
+        raise ValueError(
+            f"cannot resume with another {name}: the run was started with {stored[name]}, not "
+            f"{given}"
+        )
+    return stored[name]
+
+
+def _changed_circumstances(run: Run, stored: dict) -> list[str]:
+    """What may make a resumed run's bits differ from an uninterrupted one's."""
+    now = provenance.resolved_settings(run)
+    return [
+        f"{name} was {stored[name]} when the run started and is {now[name]} now: results may "
+        f"differ in the last bits"
+        for name in (
+            "threads",
+            "processes",
+            "device",
+            "backend",
+            "micro_batch_size",
+            "train_examples",
+        )
+        if stored.get(name) != now[name]
+    ]

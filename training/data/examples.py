@@ -1,0 +1,25 @@
+"""The examples of one split. B batch, N padded length."""
+
+import numpy as np
+import torch
+
+
+class Dataset:
+    """The examples of one split. Attributes: size, length (N), num_inputs, labels (unsigned array
+    [size])."""
+
+    def __init__(self, ids: list[np.ndarray], labels: np.ndarray):
+        self._ids = ids
+        self.labels = labels
+        self.size, self.length = ids[0].shape
+        self.num_inputs = len(ids)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """The examples at `indices` (int64 array [B]): ids [B, N], second ids [B, N] or None,
+        labels [B], all int64."""
+        ids = [torch.from_numpy(column[indices].astype(np.int64)) for column in self._ids]
+        labels = torch.from_numpy(self.labels[indices].astype(np.int64))
+        return ids[0], ids[1] if self.num_inputs == 2 else None, labels

@@ -1,0 +1,163 @@
+"""Files written so that no moment can lose one.
+
+Writing goes to a temporary file in the same folder, which is flushed to the disk before it takes
+the file's name; whoever kills the process, pulls the plug or fills the disk leaves the old file
+or the new one, whole.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or mask file cannot be read or written; the message is one sentence."""
+
+
+def remove_stale_temporaries(path: str | Path) -> None:
+    """Remove the temporary files for `path` that no living process is writing."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{_glob_escape(path.name)}.*.saving"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                # The writer holds this lock; the system drops it when the writer dies, however it
+                # dies.
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temporary.unlink()
+            finally:
+                os.close(descriptor)
+
+
+class _Sink:
+    """The file torch.save writes to.
+
+    It keeps the first OSError for later instead of raising it: torch's C++ writer turns an
+    exception of its sink into a RuntimeError without the errno, so "disk full" could not be told
+    from a bug.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and self.error is None:
+                rest = rest[os.write(self.descriptor, rest) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def flush(self) -> None:
+        pass  # nothing is buffered here
+
+
+def replace_file(path: Path, write: Callable[[_Sink], Any], previous: Path | None = None) -> None:
+    """Have `write` produce a file that takes the place of `path` at once, or not at all.
+
+    write: is given an object with a method write(bytes).
+    previous: where the whole checkpoint that `path` was stays.
+    Raises: CheckpointError if the disk is full, the folder is not writable, ...
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.saving")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(path)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sink = _Sink(descriptor)
+            write(sink)
+            if sink.error is not None:
+                raise sink.error
+            os.fsync(descriptor)
+            # a damaged file must not push out the good one before it
+            if previous is not None and path.exists() and _is_whole(path):
+                _keep_as(path, previous)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        _sync_folder(path.parent)
+    except OSError as error:
+        kept = "; the file of that name is unchanged" if path.exists() else ""
+        reason = error.strerror or error
+        raise CheckpointError(f"could not save {path}: {reason}{kept}") from error
+
+
+def _keep_as(path: Path, previous: Path) -> None:
+    """Give the file at `path` the name `previous` too: both names are whole at every moment."""
+    link = path.with_name(f".{previous.name}.{secrets.token_hex(4)}.saving")
+    try:
+        os.link(path, link)
+    except OSError:
+        # No hard links here (FAT, some network file systems): for a moment only `previous` exists,
+        # and load_last_checkpoint finds it.
+        os.replace(path, previous)
+        return
+    try:
+        os.replace(link, previous)
+    finally:
+        # A rename onto another name of the same file does nothing and leaves both names.
+        link.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            verify_checksums(file)
+        return True
+    except Exception:  # a damaged zip can raise almost anything
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _glob_escape(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def verify_checksums(file: Any) -> None:
+    """Read the whole zip against its CRCs, which torch.load does not look at. Raises whatever is
+    wrong.
+
+    What no CRC covers (headers, padding) either does not reach the loaded values or breaks the
+    zip: the tests flip every such bit.
+    """
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if len({record.filename for record in records}) != len(records):
+            raise zipfile.BadZipFile("two records of one name")
+        for record in records:
+            stored = record.compress_type == zipfile.ZIP_STORED
+            if not stored or record.file_size != record.compress_size:
+                raise zipfile.BadZipFile("torch stores its records as they are")
+            # One flipped bit makes a record a folder for torch's reader, which then leaves the
+            # tensor's memory as it happens to be; Python's zipfile does not look at that bit.
+            if record.external_attr & 0x10:
+                raise zipfile.BadZipFile("torch writes no folders")
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile("checksum")

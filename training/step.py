@@ -1,0 +1,146 @@
+"""One training step: a global batch in micro-batches, one update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from kernels import DropoutKey
+from models import StatisticsRequest
+from training import memory
+from training.batching import Chunk, plan_chunks
+from training.data.order import training_indices
+from training.distributed import PeerLostError
+from training.forward import attention_loss, autocast, to_device
+from training.recording import words
+from training.run import Run, StepResult, TrainingFailed
+
+
+def train_step(run: Run) -> StepResult:
+    """One optimizer step over the global batch, in micro-batches; halves them if the device's
+    memory does not suffice."""
+    while True:
+        try:
+            return _train_step(run)
+        except PeerLostError:
+            raise
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not memory.is_exhausted(error):
+                raise
+            if run.world.size > 1:
+                raise TrainingFailed(
+                    "memory exhausted in one of several processes; give a smaller "
+                    "--micro_batch_size"
+                ) from None
+            if run.options.micro_batch_size <= 1:
+                raise TrainingFailed(
+                    "memory exhausted even with a micro-batch of one example"
+                ) from None
+            run.options.micro_batch_size //= 2
+        # outside the handler: the exception's traceback would keep the failed step's tensors alive
+        run.optimizer.zero_grad()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        words.micro_batch_halved(run)
+
+
+def _train_step(run: Run) -> StepResult:
+    config = run.config.training
+    dense = run.phase == "dense"
+    if dense:
+        _reset_mean_attention(run)
+    run.optimizer.zero_grad()
+    begin, end = run.world.part(config.batch_size)
+    indices = training_indices(
+        run.train_data.size,
+        run.options.seed,
+        run.step * config.batch_size + begin,
+        end - begin,
+    )
+    # loss, correct answers, attention loss: summed on the device, read once
+    totals = torch.zeros(3, dtype=torch.float64, device=run.device)
+    for chunk in plan_chunks(
+        config.batch_size, config.statistics_groups, run.options.micro_batch_size, begin, end
+    ):
+        ids, ids_1, labels = to_device(
+            run.train_data.batch(indices[chunk.begin - begin : chunk.end - begin]), run.device
+        )
+        with autocast(run.device, run.options.precision):
+            output = run.model(
+                ids,
+                ids_1,
+                dropout_key=DropoutKey(run.options.seed, run.step, chunk.begin),
+                statistics=_statistics_request(run, chunk) if dense else None,
+            )
+        share = len(labels) / config.batch_size
+        loss = F.cross_entropy(output.logits.float(), labels) * share
+        total = loss
+        if dense:
+            attention = attention_loss(run.model, output, config.attn_loss_scale) * share
+            totals[2] += attention.detach()
+            # only the patterns receive a gradient of it, and theirs is all they receive
+            total = loss + attention.float()
+        run.scaler.scale(total).backward()
+        totals[0] += loss.detach()
+        totals[1] += (output.logits.detach().argmax(-1) == labels).sum()
+
+    gradients = [p.grad for p in run.optimizer.parameters if p.grad is not None]
+    run.world.sum_(gradients)
+    if dense and run.mean_attention is not None:
+        run.world.sum_([run.mean_attention])
+    run.scaler.unscale_(run.optimizer.optimizer)
+    largest = torch.nn.utils.get_total_norm(gradients, float("inf")).double()
+    signal = torch.tensor(float(run.stop.received), dtype=torch.float64, device=run.device)
+    shared = torch.cat([totals, signal[None]])
+    run.world.sum_([shared])
+    loss_sum, correct, attention_sum, signals, peak = torch.cat([shared, largest[None]]).tolist()
+    # checked before the weights move: what is saved is good
+    if not math.isfinite(loss_sum) or (not math.isfinite(peak) and not run.scaler.is_enabled()):
+        what = "loss" if not math.isfinite(loss_sum) else "gradient"
+        raise TrainingFailed(_not_finite(run, what))
+    learning_rate = run.optimizer.learning_rate
+    run.optimizer.clip()
+    run.scaler.step(run.optimizer.optimizer)
+    run.scaler.update()
+    run.optimizer.advance()
+    return StepResult(
+        loss=loss_sum,
+        attention_loss=attention_sum if dense else None,
+        accuracy=correct / config.batch_size,
+        learning_rate=learning_rate,
+        # what was shared decides, so that all processes end after the same step
+        stop_signal=(run.stop.received or run.stop.default) if signals > 0 else 0,
+    )
+
+
+def _reset_mean_attention(run: Run) -> None:
+    if run.mean_attention is None:
+        model = run.config.model
+        run.mean_attention = torch.empty(
+            model.num_layers,
+            run.config.training.statistics_groups,
+            model.padded_length,
+            model.padded_length,
+            device=run.device,
+        )
+    run.mean_attention.zero_()
+
+
+def _statistics_request(run: Run, chunk: Chunk) -> StatisticsRequest:
+    assert run.mean_attention is not None
+    groups = slice(chunk.first_group, chunk.first_group + chunk.num_groups)
+    return StatisticsRequest(
+        groups=chunk.num_groups,
+        mean_out=[layer[groups] for layer in run.mean_attention],
+        mean_weight=chunk.group_weight,
+    )
+
+
+def _not_finite(run: Run, what: str) -> str:
+    where = f"the {what} of step {run.step + 1} ({run.phase} phase) is not finite"
+    remedy = "try a lower learning rate (--set training.learning_rate=...)"
+    if run.paths is not None and run.paths.last.exists():
+        return f"{where}; training stopped, the last good checkpoint is {run.paths.last}; {remedy}"
+    return f"{where}; training stopped before a checkpoint was written; {remedy}"

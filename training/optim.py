@@ -31,6 +31,8 @@ class PhaseOptimizer:
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.phase = phase
+        if fused is None:  # one launch on a GPU
+            fused = all(p.is_cuda for p in self.parameters) or None
         learning_rate = config.learning_rate * (1.0 if phase == "dense" else 0.5)
         self.optimizer = torch.optim.AdamW(
             self.parameters,

@@ -25,7 +25,7 @@ ALLOWED = {
     "training": {"training", "models", "sparsity", "kernels"},
     "preprocess": {"preprocess", "training.data", "training.recording.files"},
     # they run the commands, and measure whatever they need
-    "experiments": {"experiments"},
+    "experiments": {"experiments", "models", "kernels", "sparsity", "training", "config"},
     "benchmarks": {
         "benchmarks",
         "models",

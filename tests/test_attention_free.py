@@ -1,4 +1,4 @@
-"""experiments/attention_free.py: published patterns, rebuilt without data and without attention."""
+"""experiments/attention_free.py: published patterns, rebuilt without data or attention."""
 
 import importlib.util
 from pathlib import Path

@@ -17,6 +17,9 @@ import torch
 from PIL import Image
 
 import main_learnable_skewness
+from training import loop
+from training.commands import evaluate as evaluate_command
+from training.commands import train as train_command
 from training.recording import words
 from training.recording.checkpoint import load_checkpoint, save_checkpoint
 from training.recording.reference_files import load_masks
@@ -528,3 +531,32 @@ def test_masks_of_another_shape_are_refused(finished, tmp_path, capsys):
     refused(tiny.infer(finished, "--masks", str(path)), capsys, "masks.pickle")
     with pytest.raises(ValueError, match="no file of block masks"):
         load_masks(tmp_path / "absent.pickle")
+
+
+@pytest.mark.parametrize("where", ["set-up", "training", "test", "evaluation"])
+def test_mistakes_of_ours_show_their_traceback(finished, fresh, monkeypatch, where):
+    """A ValueError of NumPy or of a bug is no mistake of the user."""
+
+    def broken(*arguments, **keywords):
+        raise ValueError("operands could not be broadcast")
+
+    module, name = {
+        "set-up": (train_command, "build_model"),
+        "training": (loop, "train_step"),
+        "test": (train_command, "timed_test"),
+        "evaluation": (evaluate_command, "timed_test"),
+    }[where]
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(ValueError, match="broadcast"):
+        tiny.infer(finished) if where == "evaluation" else tiny.train(fresh)
+
+
+def test_tied_layers_take_one_mask(fresh, capsys):
+    """Masks that differ between layers do not go with a model whose layers are one."""
+    assert tiny.train(fresh, "--set=model.tied_weights=True") == 0
+    path = fresh / "masks.pickle"
+    masks = torch.zeros(1, 2, 4, 4)
+    masks[0, 0, 0, 0] = masks[0, 1, 1, 1] = 1
+    with open(path, "wb") as file:
+        pickle.dump(masks, file)
+    refused(tiny.infer(fresh, "--masks", str(path)), capsys, "tied weights")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.config import ModelConfig, checked_fields
+from training.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class TrainingConfig:
     """How one task is trained.
 
     Raises:
-        ValueError: one sentence naming the field and what is allowed.
+        UserError: one sentence naming the field and what is allowed.
     """
 
     batch_size: int  # examples an optimizer step sees, whatever micro-batches and devices
@@ -45,22 +46,22 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_frequency", "num_train_steps", "num_eval_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"training.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("learning_rate", "save_seconds"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"training.{name} must be above 0, not {getattr(self, name)}")
+                raise UserError(f"training.{name} must be above 0, not {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "attn_loss_scale"):
             if getattr(self, name) < 0:
-                raise ValueError(f"training.{name} must be at least 0, not {getattr(self, name)}")
+                raise UserError(f"training.{name} must be at least 0, not {getattr(self, name)}")
         if self.warmup >= self.num_train_steps:
-            raise ValueError(
+            raise UserError(
                 f"training.warmup ({self.warmup} steps) must be below training.num_train_steps "
                 f"({self.num_train_steps})"
             )
         if self.lr_decay != "linear":
-            raise ValueError(f"training.lr_decay must be linear, not {self.lr_decay!r}")
+            raise UserError(f"training.lr_decay must be linear, not {self.lr_decay!r}")
         if not 1 <= self.statistics_groups <= self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"training.statistics_groups must lie between 1 and training.batch_size "
                 f"({self.batch_size}), "
                 f"not {self.statistics_groups}: the batch is split into that many parts for the "
@@ -97,12 +98,24 @@ class TaskConfig:
         """Inverse of `as_dict`."""
         return cls(
             task=values["task"],
-            model=ModelConfig(**checked_fields(ModelConfig, "model", values["model"])),
-            training=TrainingConfig(
-                **checked_fields(TrainingConfig, "training", values["training"])
-            ),
+            model=_model_config(values["model"]),
+            training=TrainingConfig(**_checked(TrainingConfig, "training", values["training"])),
             num_eval_examples=values["num_eval_examples"],
         )
+
+
+def _checked(cls: type, section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return checked_fields(cls, section, values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _model_config(values: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig(**checked_fields(ModelConfig, "model", values))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 # Fields that the reference carries and never acts on, and what serves their purpose here.
@@ -119,13 +132,13 @@ def resolve_task(name: str, tasks: Mapping[str, Any], aliases: Mapping[str, str]
     """The task's full name.
 
     Raises:
-        ValueError: unknown task; lists those there are.
+        UserError: unknown task; lists those there are.
     """
     name = aliases.get(name, name)
     if name not in tasks:
         close = difflib.get_close_matches(name, [*tasks, *aliases], n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"unknown task {name!r}; {hint}known: {', '.join([*tasks, *aliases])}")
+        raise UserError(f"unknown task {name!r}; {hint}known: {', '.join([*tasks, *aliases])}")
     return name
 
 
@@ -136,22 +149,22 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
     any case.
 
     Raises:
-        ValueError: malformed text, unknown section, or a field that nothing reads.
+        UserError: malformed text, unknown section, or a field that nothing reads.
     """
     parsed: dict[str, dict[str, Any]] = {"model": {}, "training": {}}
     for text in settings:
         path, equals, literal = text.partition("=")
         section, dot, field = path.strip().partition(".")
         if not equals or not dot or not field or not literal.strip():
-            raise ValueError(
+            raise UserError(
                 f"--set {text}: write it as section.field=value, for example model.num_layers=4"
             )
         if section not in parsed:
-            raise ValueError(
+            raise UserError(
                 f"--set {text}: the section must be model or training, not {section!r}"
             )
         if path.strip() in UNUSED_FIELDS:
-            raise ValueError(
+            raise UserError(
                 f"--set {text}: {path.strip()} is kept for compatibility and changes nothing; "
                 f"{UNUSED_FIELDS[path.strip()]}"
             )
@@ -185,7 +198,7 @@ def build_config(
         settings: texts of --set; the other arguments: flags, None where not given.
 
     Raises:
-        ValueError: one sentence naming the field and what is allowed.
+        UserError: one sentence naming the field and what is allowed.
     """
     changes = parse_settings(settings)
     model = {**task_dict["model"], **changes["model"]}
@@ -198,11 +211,11 @@ def build_config(
     }
     training.update({key: value for key, value in flags.items() if value is not None})
     notices = []
-    checked = checked_fields(TrainingConfig, "training", training)
+    checked = _checked(TrainingConfig, "training", training)
     # a run shortened by --train_steps (or --set) keeps a warmup that fits it
     if checked["num_train_steps"] >= 1 and checked["warmup"] >= checked["num_train_steps"]:
         if "warmup" in changes["training"]:
-            raise ValueError(
+            raise UserError(
                 f"training.warmup ({checked['warmup']} steps) must be below the number of "
                 f"training steps "
                 f"({checked['num_train_steps']})"
@@ -216,7 +229,7 @@ def build_config(
     own = task_dict["training"]
     config = TaskConfig(
         task=task,
-        model=ModelConfig(**checked_fields(ModelConfig, "model", model)),
+        model=_model_config(model),
         training=TrainingConfig(**checked),
         num_eval_examples=checked["num_eval_steps"] * own["batch_size"],
     )

@@ -24,6 +24,7 @@ from training.commands.launch import (
 )
 from training.data.examples import Dataset
 from training.distributed import World, join_world
+from training.errors import UserError
 from training.evaluation import Evaluation, evaluate
 from training.recording import provenance, words
 from training.recording.checkpoint import TrainState, check_fits, load_checkpoint
@@ -47,7 +48,7 @@ def evaluate_run(
     notices: list[str] = []
     state = load_checkpoint(paths.model, getattr(args, "masks", None))
     if state.config is not None and state.config["task"] != task:
-        raise ValueError(f"{paths.model} belongs to task {state.config['task']}, not {task}")
+        raise UserError(f"{paths.model} belongs to task {state.config['task']}, not {task}")
     config = _evaluation_config(args, task, tasks[task], state, paths)
     attention = getattr(args, "attention", "auto")
     state, notes = _with_attention(state, attention, paths, args)
@@ -91,7 +92,7 @@ def _evaluation_config(
     if state.config is None:
         return build_config(task, task_dict, settings=args.set)[0]
     if args.set:
-        raise ValueError(
+        raise UserError(
             f"{paths.model} brings its own configuration; --set is for the reference's "
             f"checkpoints, which have none"
         )
@@ -122,7 +123,7 @@ def _with_attention(
         )
         return dataclasses.replace(state, phase="dense", block_masks=None), notices
     if attention == "sparse" and state.block_masks is None:
-        raise ValueError(
+        raise UserError(
             f"{paths.model} was saved in the dense phase and has no block masks; give some with "
             f"--masks, or use --attention dense"
         )

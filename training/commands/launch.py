@@ -15,6 +15,7 @@ import kernels
 from training.data.dataset import open_dataset
 from training.data.examples import Dataset
 from training.distributed import PeerLostError
+from training.errors import UserError
 from training.options import interrupted_early
 from training.recording.log import say
 from training.run import TrainingFailed
@@ -41,10 +42,11 @@ class Launch:
 
 
 def guarded(job: Callable[[], int]) -> int:
-    """Runs `job`; what it may foresee ends in one sentence and an exit code."""
+    """Runs `job`; what its user can mend, and what may happen to any run, ends in one sentence and
+    an exit code. Our own mistakes keep their traceback."""
     try:
         return job()
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, PeerLostError) as error:
@@ -65,23 +67,23 @@ def resolve_device(name: str, launch: Launch) -> torch.device:
     """auto: this process's GPU if there is one.
 
     Raises:
-        ValueError: no such device here.
+        UserError: no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: no such device; use cpu, cuda or cuda:1") from None
+        raise UserError(f"--device {name}: no such device; use cpu, cuda or cuda:1") from None
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise ValueError(f"--device {name}: only cpu and cuda are supported")
+        raise UserError(f"--device {name}: only cpu and cuda are supported")
     if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this machine has no CUDA device that torch can use")
+        raise UserError(f"--device {name}: this machine has no CUDA device that torch can use")
     index = launch.local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
@@ -91,14 +93,14 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """auto: bf16 where the hardware multiplies it, else fp16 on CUDA and fp32 on a CPU.
 
     Raises:
-        ValueError: fp16 on a CPU.
+        UserError: fp16 on a CPU.
     """
     if device.type == "cuda":
         if name == "auto":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return name
     if name == "fp16":
-        raise ValueError("--precision fp16 needs a CUDA device; on a CPU use bf16 or fp32")
+        raise UserError("--precision fp16 needs a CUDA device; on a CPU use bf16 or fp32")
     if name == "auto":
         native = any(
             getattr(torch.cpu, probe, lambda: False)()
@@ -112,14 +114,14 @@ def resolve_backend(name: str, device: torch.device) -> str:
     """Refuses a named backend that cannot run here.
 
     Raises:
-        ValueError: says why not.
+        UserError: says why not.
     """
     if name != "auto":
         reason = kernels.available_backends().get(name)
         if reason is not True:
-            raise ValueError(f"--backend {name} cannot be used: {reason}")
+            raise UserError(f"--backend {name} cannot be used: {reason}")
         if name in ("cpu", "cuda") and name != device.type:
-            raise ValueError(f"--backend {name} does not run on --device {device.type}")
+            raise UserError(f"--backend {name} does not run on --device {device.type}")
     return name
 
 
@@ -133,12 +135,12 @@ def open_split(
     """One of a task's three data sets.
 
     Raises:
-        ValueError: missing (names the script that makes it), damaged, or not fitting the model.
+        UserError: missing (names the script that makes it), damaged, or not fitting the model.
     """
     path = Path(data_dir) / f"{config.task}.{split}.pickle"
     if not path.exists():
         script = task_dict["dataset"]["create"]
-        raise ValueError(f"there is no {path}; make it with: python {script}")
+        raise UserError(f"there is no {path}; make it with: python {script}")
     model = config.model
     return open_dataset(
         path,
@@ -153,11 +155,11 @@ def open_split(
 
 
 def check_writable(folder: Path) -> None:
-    """Raises ValueError unless files can be made below `folder` (which need not exist yet)."""
+    """Raises UserError unless files can be made below `folder` (which need not exist yet)."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {folder}: cannot write there; choose another folder")
+        raise UserError(f"--output_dir {folder}: cannot write there; choose another folder")
     if os.statvfs(existing).f_flag & os.ST_RDONLY:
-        raise ValueError(f"--output_dir {folder}: the file system is read-only")
+        raise UserError(f"--output_dir {folder}: the file system is read-only")

@@ -30,6 +30,7 @@ from training.commands.launch import (
 )
 from training.data.examples import Dataset
 from training.distributed import join_world
+from training.errors import UserError
 from training.interrupt import StopSignal
 from training.recording import provenance, words
 from training.recording.checkpoint import (
@@ -76,7 +77,7 @@ def train_run(
         args.max_dense_steps, None, stored, "max_dense_steps", lambda: None
     )
     if max_dense_steps == 0 and pattern == "learned":
-        raise ValueError(
+        raise UserError(
             "--max_dense_steps 0 leaves nothing to learn a pattern from; add --pattern band or "
             "--pattern random"
         )
@@ -167,9 +168,6 @@ def _train_and_test(run: Run, test_data: Dataset) -> int:
         outcome = loop.train(run)
     except CheckpointError as error:
         raise TrainingFailed(str(error)) from None
-    except ValueError as error:
-        # past the checks a ValueError is our mistake, not the user's: it deserves its traceback
-        raise RuntimeError(f"internal error: {error}") from error
     except OSError as error:
         reason = error.strerror or error
         last = run.paths.last
@@ -209,7 +207,7 @@ def _state_to_resume(
     used = [p for p in (paths.last, paths.model, paths.metrics, paths.run_json) if p.exists()]
     if not args.resume:
         if used:
-            raise ValueError(
+            raise UserError(
                 f"there is a run of --random {args.random} --task {paths.task} --name {args.name} "
                 f"already ({used[0]}); "
                 f"go on with it by adding --resume, or choose another --name"
@@ -221,16 +219,16 @@ def _state_to_resume(
         return None
     state = load_last_checkpoint(paths.last, said.append)
     if state.training is None:
-        raise ValueError(f"{paths.last} holds a model to evaluate, not a run to resume")
+        raise UserError(f"{paths.last} holds a model to evaluate, not a run to resume")
     if state.config is not None and state.config["task"] != paths.task:
-        raise ValueError(f"{paths.last} belongs to task {state.config['task']}, not {paths.task}")
+        raise UserError(f"{paths.last} belongs to task {state.config['task']}, not {paths.task}")
     if state.training["resolved"]["seed"] != args.random:
-        raise ValueError(
+        raise UserError(
             f"{paths.last} belongs to --random {state.training['resolved']['seed']}, not "
             f"{args.random}"
         )
     if args.stop_after is not None and args.stop_after <= state.step:
-        raise ValueError(
+        raise UserError(
             f"--stop_after {args.stop_after}: the run has {state.step} completed steps already; "
             f"give more or leave it out"
         )
@@ -271,7 +269,7 @@ def _training_config(
         for name, value in before.items():
             # how often a checkpoint is written changes nothing else
             if now[name] != value and name != "save_seconds":
-                raise ValueError(
+                raise UserError(
                     f"cannot resume with {section}.{name}={now[name]}: the run was started with "
                     f"{value}; "
                     f"leave it out, or start a new run under another --name"
@@ -288,7 +286,7 @@ def _taken_over(
     if name not in stored:
         return default() if given == unset else given
     if given not in (unset, stored[name]):
-        raise ValueError(
+        raise UserError(
             f"cannot resume with another {name}: the run was started with {stored[name]}, not "
             f"{given}"
         )

@@ -28,6 +28,7 @@ import numpy as np
 
 from training.data import safe_pickle
 from training.data.examples import Dataset
+from training.errors import UserError
 
 VERSION = 1  # of the cache's layout
 
@@ -51,30 +52,30 @@ class Wanted:
         self.num_inputs = num_inputs
         self.keys = ("input_ids_0", "input_ids_1")[:num_inputs]
 
-    def error(self, item: int, what: str) -> ValueError:
-        return ValueError(f"{self.path}: item {item:,} (counted from 0) {what}")
+    def error(self, item: int, what: str) -> UserError:
+        return UserError(f"{self.path}: item {item:,} (counted from 0) {what}")
 
-    def wrong_length(self, item: int, key: str, length: int) -> ValueError:
+    def wrong_length(self, item: int, key: str, length: int) -> UserError:
         return self.error(
             item, f"has {length:,} {key}, the padded length of the task is {self.length:,}"
         )
 
-    def wrong_id(self, item: int, key: str, value: int) -> ValueError:
+    def wrong_id(self, item: int, key: str, value: int) -> UserError:
         return self.error(
             item,
             f"has the id {value:,} in {key}, "
             f"vocab_size {self.vocab_size:,} allows 0 to {self.vocab_size - 1:,}",
         )
 
-    def wrong_label(self, item: int, value: int) -> ValueError:
+    def wrong_label(self, item: int, value: int) -> UserError:
         return self.error(
             item,
             f"has the label {value:,}, "
             f"num_classes {self.num_classes:,} allows 0 to {self.num_classes - 1:,}",
         )
 
-    def wrong_inputs(self, num_inputs: int) -> ValueError:
-        return ValueError(
+    def wrong_inputs(self, num_inputs: int) -> UserError:
+        return UserError(
             f"{self.path} holds examples with {num_inputs} sequence(s) each, the task has "
             f"{self.num_inputs}: is it another task's file?"
         )
@@ -233,7 +234,7 @@ def write_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> None:
                 if not os.path.samestat(os.fstat(f.fileno()), os.stat(folder / name)):
                     raise FileNotFoundError(errno.ENOENT, "replaced while it was written")
         if file_state(file) != state:
-            raise ValueError(f"{wanted.path} was changed while it was read")
+            raise UserError(f"{wanted.path} was changed while it was read")
         meta = {
             "version": VERSION,
             "pickle": state,
@@ -358,7 +359,7 @@ def convert(
             flush()
     flush()
     if count == 0:
-        raise ValueError(f"{wanted.path} holds no examples")
+        raise UserError(f"{wanted.path} holds no examples")
 
 
 def _check_item(item: Any, number: int, wanted: Wanted) -> None:

@@ -27,6 +27,7 @@ from training.data.cache import (
     writing,
 )
 from training.data.examples import Dataset
+from training.errors import UserError
 
 TOO_LARGE = 8  # times the task's size: no longer a variant of it
 
@@ -66,16 +67,16 @@ def open_dataset(
         cache_dir: folder of the cache instead of the pickle's own folder and the user's cache
         folder.
         notify: gets one line about anything that takes time or differs from the usual.
-    Raises: ValueError, one sentence naming file, item and value; OSError if the pickle cannot be
+    Raises: UserError, one sentence naming file, item and value; OSError if the pickle cannot be
     read.
     """
     wanted = Wanted(Path(path), vocab_size, length, num_classes, num_inputs)
     try:
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
-        raise ValueError(_missing(Path(path))) from None
+        raise UserError(_missing(Path(path))) from None
     except IsADirectoryError:
-        raise ValueError(f"{path} is a folder, not a data pickle") from None
+        raise UserError(f"{path} is a folder, not a data pickle") from None
     with file:
         _check_size(file, wanted, expected_size)
         for folder in cache_folders(Path(path), cache_dir):
@@ -121,7 +122,7 @@ def _check_size(file: BinaryIO, wanted: Wanted, expected_size: int | None) -> No
         expected_size * wanted.num_inputs * (4 * wanted.length + 150)
     )  # 4 bytes an id and what surrounds them
     if size > TOO_LARGE * task:
-        raise ValueError(
+        raise UserError(
             f"{wanted.path} has {size / 1e9:,.1f} GB, {size / task:,.0f} times what the task's "
             f"{expected_size:,} examples need (the original create_cifar10.py repeats its train "
             "split without end): make it again, or set the task's dataset size if it is meant"
@@ -131,7 +132,7 @@ def _check_size(file: BinaryIO, wanted: Wanted, expected_size: int | None) -> No
 def _read_into_memory(file: BinaryIO, wanted: Wanted) -> Dataset:
     needed, available = file_state(file)["size"] // 4, _available_memory()
     if available is not None and needed > available:
-        raise ValueError(
+        raise UserError(
             f"{wanted.path} needs {needed / 1e9:,.1f} GB of memory, {available / 1e9:,.1f} GB are "
             "available: free some disk space for its cache instead"
         )

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from training.data import safe_pickle
+from training.errors import UserError
 
 SPLITS = ("train", "dev", "test")
 PICTURES = ("lra-image", "lra-nature", "lra-pathfinder")
@@ -43,11 +44,11 @@ def split_of(path: Path) -> tuple[str, str]:
     """Task and split that a file name stands for.
 
     Raises:
-        ValueError: another name than <task>.<split>.pickle.
+        UserError: another name than <task>.<split>.pickle.
     """
     parts = path.name.rsplit(".", 2)
     if len(parts) != 3 or parts[1] not in SPLITS or parts[2] != "pickle":
-        raise ValueError(f"{path}: a data pickle is named <task>.train|dev|test.pickle")
+        raise UserError(f"{path}: a data pickle is named <task>.train|dev|test.pickle")
     return parts[0], parts[1]
 
 
@@ -55,19 +56,19 @@ def summarise(path: Path, num_first: int = 0) -> Summary:
     """One pass over a file.
 
     Raises:
-        ValueError: not a data pickle, naming item and reason; OSError: it cannot be read.
+        UserError: not a data pickle, naming item and reason; OSError: it cannot be read.
     """
     summary = Summary()
     for number, item in enumerate(safe_pickle.iterate(path)):
         if not isinstance(item, dict) or "input_ids_0" not in item or "label" not in item:
-            raise ValueError(f"{path}: item {number} is no example with input_ids_0 and label")
+            raise UserError(f"{path}: item {number} is no example with input_ids_0 and label")
         digest = hashlib.blake2b(digest_size=8)
         for key in ("input_ids_0", "input_ids_1"):
             if key not in item:
                 continue
             ids = np.asarray(item[key])
             if ids.ndim != 1 or ids.dtype.kind not in "iu" or (len(ids) and ids.min() < 0):
-                raise ValueError(f"{path}: {key} of item {number} is no list of ids from 0 on")
+                raise UserError(f"{path}: {key} of item {number} is no list of ids from 0 on")
             counts = np.bincount(ids, minlength=len(summary.histogram))
             counts[: len(summary.histogram)] += summary.histogram
             summary.histogram = counts
@@ -185,7 +186,7 @@ def main(argv: list[str]) -> int:
                 for key in ("input_ids_0", "input_ids_1"):
                     if key in item:
                         print(f"label {int(item['label'])}: {as_text(task, item[key])}")
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from training.errors import UserError
+
 WINDOW = 1 << 20  # bytes read at a time
 MAX_STACK = 100_000  # values; picklers write lists and dicts in batches of 1,000
 MAX_NESTED = 1_000_000  # entries of a list or dict inside an item
@@ -142,8 +144,8 @@ class _Operations:
         self._on_read = on_read
         self.offset = 0
 
-    def error(self, message: str) -> ValueError:
-        return ValueError(f"{self._name}: {message} (at byte {self.offset:,})")
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self._name}: {message} (at byte {self.offset:,})")
 
     def _read(self, count: int) -> bytes:
         data = self._file.read(count)
@@ -241,7 +243,7 @@ def iterate(path, *, on_read: Callable[[bytes], object] | None = None) -> Iterat
     """The items of the list in the pickle at `path`, one at a time, in constant memory.
 
     on_read: gets all bytes of the file in order, once (for a checksum).
-    Raises: ValueError naming the file, what is wrong and at which byte; OSError if it cannot be
+    Raises: UserError naming the file, what is wrong and at which byte; OSError if it cannot be
     read.
     """
     with open(path, "rb") as file:
@@ -272,11 +274,11 @@ def _begin(file: BinaryIO, name: str) -> _Operations:
     file.seek(0)
     start = file.read(4)
     if not start:
-        raise ValueError(f"{name} is empty")
+        raise UserError(f"{name} is empty")
     if start[0] != 0x80:
         kinds = {b"PK": "a zip or torch file", b"\x1f\x8b": "a gzip file", b"\x93N": "a .npy file"}
         kind = kinds.get(start[:2], "no pickle of protocol 2 to 5")
-        raise ValueError(f"{name} is {kind} (its first bytes are {start!r}), not a data pickle")
+        raise UserError(f"{name} is {kind} (its first bytes are {start!r}), not a data pickle")
     return _Operations(file, name)
 
 

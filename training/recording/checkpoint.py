@@ -259,3 +259,8 @@ def _check_masks_fit(
             f"the block masks in {masks_origin} are for {layers} layers of {blocks} blocks, "
             f"the model in {path} has {len(patterns)} of {patterns[0].shape[0]}"
         )
+    if len(patterns) == 1 and not bool((masks == masks[0]).all()):
+        raise CheckpointError(
+            f"the block masks in {masks_origin} differ between layers, which have tied weights in "
+            f"{path} and share one mask"
+        )

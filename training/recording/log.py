@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 from typing import Any, TextIO
 
+from training.errors import UserError
 from training.recording.files import replace_file
 
 
@@ -86,7 +87,7 @@ class RunLog(NullLog):
             try:
                 fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
+                raise UserError(
                     f"another process is training this run (it holds {log_path})"
                 ) from None
         self._metrics: TextIO | None = None

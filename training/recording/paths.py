@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.errors import UserError
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -16,9 +18,7 @@ class RunPaths:
 
     def __post_init__(self) -> None:
         if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
-            raise ValueError(
-                f"a run's name becomes part of file names, which {self.name!r} cannot"
-            )
+            raise UserError(f"a run's name becomes part of file names, which {self.name!r} cannot")
         object.__setattr__(self, "output_dir", Path(self.output_dir))
 
     @property

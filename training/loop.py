@@ -177,6 +177,7 @@ def save_last(run: Run) -> None:
         "resolved": provenance.resolved_settings(run),
     }
     save_checkpoint(run.paths.last, state, keep_previous=True)
+    provenance.record(run)
 
 
 def restore(run: Run, state: TrainState) -> None:

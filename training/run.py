@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -61,6 +62,7 @@ class Run:
     best_step: int | None = None
     evaluations_since_best: int = 0
     seconds: float = 0.0  # spent training, over all its sessions
+    session_began: float = field(default_factory=time.monotonic)
     mean_attention: Tensor | None = None  # [L, groups, N, N] fp32, dense phase only
 
     def __post_init__(self) -> None:
@@ -82,4 +84,7 @@ class StepResult:
     attention_loss: float | None  # None in the sparse phase
     accuracy: float
     learning_rate: float
+    gradient_norm: float | None  # L2, before clipping; None if it is not finite
+    loss_scale: float | None  # of the GradScaler; None but in fp16
+    skipped: bool  # the gradient overflowed fp16, so that no weight moved
     stop_signal: int  # of any process; 0: none

@@ -91,16 +91,20 @@ def _train_step(run: Run) -> StepResult:
     if dense and run.mean_attention is not None:
         run.world.sum_([run.mean_attention])
     run.scaler.unscale_(run.optimizer.optimizer)
-    largest = torch.nn.utils.get_total_norm(gradients, float("inf")).double()
+    largest, norm = (
+        torch.nn.utils.get_total_norm(gradients, order).double() for order in (math.inf, 2.0)
+    )
     signal = torch.tensor(float(run.stop.received), dtype=torch.float64, device=run.device)
     shared = torch.cat([totals, signal[None]])
     run.world.sum_([shared])
-    loss_sum, correct, attention_sum, signals, peak = torch.cat([shared, largest[None]]).tolist()
+    numbers = torch.cat([shared, torch.stack([largest, norm])]).tolist()
+    loss_sum, correct, attention_sum, signals, peak, gradient_norm = numbers
     # checked before the weights move: what is saved is good
     if not math.isfinite(loss_sum) or (not math.isfinite(peak) and not run.scaler.is_enabled()):
         what = "loss" if not math.isfinite(loss_sum) else "gradient"
         raise TrainingFailed(_not_finite(run, what))
     learning_rate = run.optimizer.learning_rate
+    loss_scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
     run.optimizer.clip()
     run.scaler.step(run.optimizer.optimizer)
     run.scaler.update()
@@ -110,6 +114,9 @@ def _train_step(run: Run) -> StepResult:
         attention_loss=attention_sum if dense else None,
         accuracy=correct / config.batch_size,
         learning_rate=learning_rate,
+        gradient_norm=gradient_norm if math.isfinite(gradient_norm) else None,
+        loss_scale=loss_scale,
+        skipped=not math.isfinite(peak),
         # what was shared decides, so that all processes end after the same step
         stop_signal=(run.stop.received or run.stop.default) if signals > 0 else 0,
     )

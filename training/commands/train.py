@@ -148,7 +148,7 @@ def train_run(
         else:
             check_fits(paths.last, state, model.state_dict())
             loop.restore(run, state)
-            words.run_resumed(run, notices + _changed_circumstances(run, stored))
+            words.run_resumed(run, notices + _changed_circumstances(run, stored), command)
         # its tensors are the model's now; holding both would double the criterion's memory
         state = None
         return _train_and_test(run, test_data)

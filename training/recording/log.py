@@ -19,6 +19,8 @@ from typing import Any, TextIO
 from training.errors import UserError
 from training.recording.files import replace_file
 
+COMPARED = ("val/accu", "test/accuracy", "test/loss")  # scalars beside the hyperparameters
+
 
 def say(text: str) -> None:
     """Prints a line. A closed terminal or pipe must not end training, whose log file has every
@@ -41,6 +43,9 @@ class NullLog:
 
     def scalars(self, step: int, values: dict[str, float | None]) -> None:
         """Numbers for TensorBoard; None is left out."""
+
+    def hparams(self, values: dict[str, Any], ended: bool = False) -> None:
+        """What TensorBoard compares runs by; again when the run has ended well."""
 
     def image(self, step: int, tag: str, pixels: Any) -> None:
         """uint8 [height, width, 3] for TensorBoard."""
@@ -138,6 +143,15 @@ class RunLog(NullLog):
             for tag, value in values.items():
                 if value is not None:
                     self._tensorboard.add_scalar(tag, value, step)
+
+    def hparams(self, values: dict[str, Any], ended: bool = False) -> None:
+        if self._tensorboard is not None:
+            from torch.utils.tensorboard.summary import hparams
+
+            known = {name: value for name, value in values.items() if value is not None}
+            experiment, start, end = hparams(known, dict.fromkeys(COMPARED))
+            for summary in (end,) if ended else (experiment, start):
+                self._tensorboard.file_writer.add_summary(summary)
 
     def image(self, step: int, tag: str, pixels: Any) -> None:
         if self._tensorboard is not None:

@@ -6,6 +6,7 @@ Called by the loop at fixed places; decides nothing.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from sparsity.criteria import Decision
 from training import memory
 from training.evaluation import Evaluation
 from training.recording.figures import draw_run, draw_transition
-from training.recording.provenance import device_name, write_run_json
+from training.recording.provenance import begin_session, device_name, record, resolved_settings
 from training.run import Run, StepResult
 
 # ---- start -------------------------------------------------------------------------
@@ -72,13 +73,23 @@ def run_started(run: Run, notices: list[str], unused: list[str], command: str) -
         distance=training.distance,
         when=run.criterion.when,
     )
-    write_run_json(run, command=command)
+    begin_session(run, command)
+    log.hparams(hyperparameters(run))
 
 
-def run_resumed(run: Run, warnings: list[str]) -> None:
+def hyperparameters(run: Run) -> dict[str, Any]:
+    """The configuration and what was resolved at the start, flat."""
+    config = run.config
+    sections = {"model": config.model.as_dict(), "training": config.training.as_dict()}
+    flat = {f"{name}.{key}": v for name, values in sections.items() for key, v in values.items()}
+    return {"task": config.task, **flat, **resolved_settings(run)}
+
+
+def run_resumed(run: Run, warnings: list[str], command: str) -> None:
     for warning in warnings:
         run.log.line(f"warning: {warning}")
     run.log.line(f"resumed at step {run.step}, {run.phase} phase")
+    begin_session(run, command)
 
 
 def processes_text(run: Run) -> str:
@@ -113,6 +124,9 @@ def step_done(run: Run, result: StepResult, decision: Decision | None) -> None:
         attention_loss=result.attention_loss,
         accuracy=result.accuracy,
         learning_rate=result.learning_rate,
+        gradient_norm=result.gradient_norm,
+        loss_scale=result.loss_scale,
+        skipped=result.skipped,
         skewness=decision.skewness if decision else undefined,
         distance=decision.distance if decision else undefined,
         change_percent=decision.change_percent if decision else undefined,
@@ -124,6 +138,8 @@ def step_done(run: Run, result: StepResult, decision: Decision | None) -> None:
         "train/accuracy": result.accuracy,
         "train/attention_loss": result.attention_loss,
         "train/learning_rate": result.learning_rate,
+        "train/gradient_norm": result.gradient_norm,
+        "train/loss_scale": result.loss_scale,
     }
     if decision is not None:
         for layer in range(num_layers):
@@ -160,6 +176,8 @@ def micro_batch_halved(run: Run) -> None:
         f"{run.options.micro_batch_size}, "
         f"the effective batch stays {run.config.training.batch_size}"
     )
+    halved = {"step": run.step + 1, "micro_batch_size": run.options.micro_batch_size}
+    record(run, halved=halved)
 
 
 def evaluation_done(run: Run, result: Evaluation, saved: bool) -> None:
@@ -268,7 +286,7 @@ def run_finished(run: Run, result: Evaluation) -> None:
         seconds=run.seconds,
         peak_memory_bytes=memory.peak_bytes(run.device),
     )
-    write_run_json(
+    record(
         run,
         result={
             "test_accuracy": result.accuracy,
@@ -283,6 +301,8 @@ def run_finished(run: Run, result: Evaluation) -> None:
             "peak_memory_bytes": memory.peak_bytes(run.device),
         },
     )
+    run.log.scalars(run.step - 1, {"test/accuracy": result.accuracy, "test/loss": result.loss})
+    run.log.hparams(hyperparameters(run), ended=True)
     if not run.world.is_main or run.paths is None:
         return
     run.log.sync()

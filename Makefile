@@ -31,7 +31,7 @@ $(VENV)/dev.stamp: requirements.txt requirements-train.txt requirements-dev.txt 
 	@$(PIP) -r requirements-dev.txt && touch $@
 endif
 
-.PHONY: demo test test-slow test-gpu lint types bench bench-gpu kernels help train-env dev-env
+.PHONY: demo test house test-slow test-gpu lint types bench bench-gpu kernels help train-env dev-env
 
 help:
 	@echo "make demo       train on ListOps made on the spot, in minutes, and evaluate"
@@ -60,6 +60,9 @@ test-gpu: dev-env kernels
 
 lint: dev-env
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+house: dev-env
+	@$(PY) -m pytest -q tests/test_house.py
 
 types: dev-env
 	@$(PY) -m mypy

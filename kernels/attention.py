@@ -83,15 +83,7 @@ def block_sparse_attention(
     _check(query, key, value, key_padding_mask)
     if not isinstance(layout, BlockLayout):
         raise ValueError(f"layout must be a BlockLayout, not {type(layout).__name__}")
-    if layout.length != query.shape[2]:
-        raise ValueError(
-            f"layout covers {layout.num_blocks} blocks of {layout.block_size} = {layout.length} "
-            f"tokens, but query has {query.shape[2]}"
-        )
-    if layout.device != query.device:
-        raise ValueError(
-            f"layout is on {layout.device}, query on {query.device}: use layout.to(...)"
-        )
+    layout.check(query.shape[2], query.device)
     if pruned not in ("zero", "masked"):
         raise ValueError(f'pruned must be "zero" or "masked", not {pruned!r}')
     scale = check_scale(scale, query)

@@ -24,6 +24,7 @@ name = "cpu"
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # SatType in csrc/cpu/abi.h
 GRANULE = 16  # head_dim and block_size are multiples of it in C++
 LARGEST = 128
+_CPU = torch.device("cpu")
 
 
 @torch.compiler.assume_constant_result
@@ -115,7 +116,7 @@ def _attention(query, key, value, key_padding_mask, lists, block_size, scale, pr
 def _forward(query, key, value, key_padding_mask, lists, block_size, scale, pruned_zero):
     out, lse = empty_outputs(query)
     call = _Call(query, key, value, lse, key_padding_mask, lists, block_size, scale, pruned_zero)
-    call.struct.out = _tensor(out)
+    call.struct.out = _tensor(out, query)
     if query.numel():
         status = native.load().sat_attention_forward(ctypes.byref(call.struct))
         native.check(status, "sat_attention_forward")
@@ -128,8 +129,9 @@ def _backward(
     dquery, dkey, dvalue = (empty_like(query) for _ in range(3))
     call = _Call(query, key, value, lse, key_padding_mask, lists, block_size, scale, pruned_zero)
     struct = call.struct
-    struct.out, struct.dout = _tensor(out), _tensor(dout)
-    struct.dquery, struct.dkey, struct.dvalue = _tensor(dquery), _tensor(dkey), _tensor(dvalue)
+    struct.out, struct.dout = _tensor(out, query), _tensor(dout, query)
+    struct.dquery, struct.dkey = _tensor(dquery, query), _tensor(dkey, query)
+    struct.dvalue = _tensor(dvalue, query)
     if query.numel():
         status = native.load().sat_attention_backward(ctypes.byref(struct))
         native.check(status, "sat_attention_backward")
@@ -138,14 +140,15 @@ def _backward(
 
 def _statistics(query, key, key_padding_mask, block_size, scale, groups, mean, mean_weight):
     pooled_sum, square_sum = _empty_pooled(query, block_size, groups)
-    mask = None if key_padding_mask is None else key_padding_mask.contiguous()
+    mask, (B, _, N, _) = _contiguous(key_padding_mask), query.shape
+    nb = N // block_size
     struct = _SatStatistics(
-        query=_tensor(query),
-        key=_tensor(key),
-        real=None if mask is None else mask.data_ptr(),
-        mean=None if mean is None else mean.data_ptr(),
-        pooled_sum=pooled_sum.data_ptr(),
-        square_sum=square_sum.data_ptr(),
+        query=_tensor(query, query),
+        key=_tensor(key, query),
+        real=_at(mask, torch.bool, B, N),
+        mean=_at(mean, torch.float32, groups, N, N),
+        pooled_sum=_at(pooled_sum, torch.float64, groups, nb, nb),
+        square_sum=_at(square_sum, torch.float64, groups, nb),
         bs=block_size,
         groups=groups,
         type=TYPES[query.dtype],
@@ -220,8 +223,17 @@ class _SatStatistics(ctypes.Structure):
     ]
 
 
-def _tensor(tensor: Tensor) -> _SatTensor:
-    return _SatTensor(tensor.data_ptr(), *tensor.stride())
+def _tensor(tensor: Tensor, query: Tensor) -> _SatTensor:
+    address = native.pointer(tensor, query.shape, query.dtype, _CPU, strided=True)
+    return _SatTensor(address, *tensor.stride())
+
+
+def _at(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
+    return None if tensor is None else native.pointer(tensor, shape, dtype, _CPU)
+
+
+def _contiguous(key_padding_mask: Tensor | None) -> Tensor | None:
+    return None if key_padding_mask is None else key_padding_mask.contiguous()
 
 
 class _Call:
@@ -230,15 +242,19 @@ class _Call:
     def __init__(
         self, query, key, value, lse, key_padding_mask, lists, block_size, scale, pruned_zero
     ):
-        self.mask = None if key_padding_mask is None else key_padding_mask.contiguous()
+        self.mask = _contiguous(key_padding_mask)
         self.struct = struct = _SatAttention()
-        struct.query, struct.key, struct.value = _tensor(query), _tensor(key), _tensor(value)
-        struct.lse = lse.data_ptr()
-        struct.real = None if self.mask is None else self.mask.data_ptr()
+        B, H, N, d = query.shape
+        struct.query, struct.key, struct.value = (_tensor(x, query) for x in (query, key, value))
+        struct.lse = _at(lse, torch.float32, B, H, N)
+        struct.real = _at(self.mask, torch.bool, B, N)
         if lists:
-            struct.row_offsets, struct.row_columns = lists[0].data_ptr(), lists[1].data_ptr()
-            struct.column_offsets, struct.column_rows = lists[2].data_ptr(), lists[3].data_ptr()
-        struct.B, struct.H, struct.N, struct.d = query.shape
+            offsets, kept = N // block_size + 1, len(lists[1])
+            struct.row_offsets = _at(lists[0], torch.int32, offsets)
+            struct.row_columns = _at(lists[1], torch.int32, kept)
+            struct.column_offsets = _at(lists[2], torch.int32, offsets)
+            struct.column_rows = _at(lists[3], torch.int32, kept)
+        struct.B, struct.H, struct.N, struct.d = B, H, N, d
         struct.bs, struct.type = block_size, TYPES[query.dtype]
         struct.pruned_zero, struct.scale = pruned_zero, scale
         struct.threads = torch.get_num_threads()

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import flex, reference
+from kernels import flex, native, reference
 from kernels.layout import BlockLayout
 from kernels.operators import empty_like, empty_outputs, pad_head_dim, register_attention
 from kernels.statistics import AttentionStatistics
@@ -36,6 +36,7 @@ DEVICE = "cuda"
 LIBRARY = Path(__file__).resolve().parent / "libsat_cuda.so"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 HEAD_DIMS = (32, 64, 128)  # others are padded with zeros
+NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
 GRANULE = 16  # rows of a warp: block_size is a multiple of it
 
 
@@ -158,7 +159,7 @@ def _forward(query, key, value, key_padding_mask, lists, block_size, scale, prun
     call = _Call(query, key, key_padding_mask, block_size, scale)
     call.set_lists(lists)
     call.set(value=value, out=out)
-    call.struct.lse, call.struct.pruned_zero = lse.data_ptr(), pruned_zero
+    call.struct.lse, call.struct.pruned_zero = call.rows(lse), pruned_zero
     call.run("forward")
     return out, lse
 
@@ -171,7 +172,7 @@ def _backward(
     call = _Call(query, key, key_padding_mask, block_size, scale)
     call.set_lists(lists)
     call.set(value=value, out=out, dout=dout, dq=dq, dk=dk, dv=dv)
-    call.struct.lse, call.struct.delta = lse.data_ptr(), delta.data_ptr()
+    call.struct.lse, call.struct.delta = call.rows(lse), call.rows(delta)
     call.struct.pruned_zero = pruned_zero
     call.run("backward")
     return dq, dk, dv
@@ -183,9 +184,9 @@ def _statistics(query, key, key_padding_mask, mean, scale, groups, accumulate, m
     pieces = _empty_pieces(query)
     call = _Call(query, key, key_padding_mask, _dense_block(N), scale)
     struct = call.struct
-    struct.lse, struct.delta = rows[0].data_ptr(), rows[1].data_ptr()
-    struct.pooled = pieces.data_ptr()
-    struct.mean = None if mean is None else mean.data_ptr()
+    struct.lse, struct.delta = call.rows(rows[0]), call.rows(rows[1])
+    struct.pooled = call.at(pieces, torch.float32, B, H, N // GRANULE, N // GRANULE)
+    struct.mean = None if mean is None else call.at(mean, torch.float32, groups, N, N)
     struct.groups, struct.accumulate = groups, accumulate
     struct.mean_factor = mean_weight / (B // groups * H)
     call.run("statistics")
@@ -241,22 +242,32 @@ class _Call:
         self.set(query=query, key=key)
         if key_padding_mask is not None:
             self.kept.append(key_padding_mask)
-            struct.key_padding_mask = key_padding_mask.data_ptr()
+            struct.key_padding_mask = native.pointer(
+                key_padding_mask, query.shape[::2], torch.bool, query.device, strided=True
+            )
             struct.mask_strides[:] = key_padding_mask.stride()
         struct.batch, struct.heads, struct.length, struct.head_dim = query.shape
         struct.block_size, struct.type, struct.scale = block_size, TYPES[query.dtype], scale
 
     def set(self, **tensors: Tensor) -> None:
         for field, tensor in tensors.items():
-            tensor = _with_aligned_rows(tensor)
+            tensor, query = _with_aligned_rows(tensor), self.query
             self.kept.append(tensor)
-            setattr(self.struct, field, _SatTensor(tensor.data_ptr(), tensor.stride()[:3]))
+            at = native.pointer(tensor, query.shape, query.dtype, query.device, strided=True)
+            setattr(self.struct, field, _SatTensor(at, tensor.stride()[:3]))
+
+    def at(self, tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
+        return native.pointer(tensor, shape, dtype, self.query.device)
+
+    def rows(self, tensor: Tensor) -> int:
+        return self.at(tensor, torch.float32, *self.query.shape[:3])
 
     def set_lists(self, lists: list[Tensor]) -> None:
         if lists:
             self.kept += lists
-            self.struct.row_offsets, self.struct.row_columns = (x.data_ptr() for x in lists[:2])
-            self.struct.column_offsets, self.struct.column_rows = (x.data_ptr() for x in lists[2:])
+            names = ("row_offsets", "row_columns", "column_offsets", "column_rows")
+            for name, tensor in zip(names, lists, strict=True):
+                setattr(self.struct, name, self.at(tensor, torch.int32, *tensor.shape))
 
     def run(self, what: str) -> None:
         library, reason = _load()
@@ -278,7 +289,8 @@ class _Call:
 def _with_aligned_rows(tensor: Tensor) -> Tensor:
     """The tensor, or a copy if its rows are not whole or do not start at multiples of 16 bytes."""
     *outer, inner = tensor.stride()
-    aligned = inner == 1 and tensor.data_ptr() % 16 == 0
+    address = native.pointer(tensor, tensor.shape, tensor.dtype, tensor.device, strided=True)
+    aligned = inner == 1 and address % 16 == 0
     if aligned and all(stride * tensor.element_size() % 16 == 0 for stride in outer):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -303,6 +315,8 @@ def _cached_reason_too_large(device: int, type: int, head_dim: int, block_size: 
             status = library.sat_cuda_fits(ctypes.byref(struct), device)
     else:
         status = library.sat_cuda_fits(ctypes.byref(struct), device)
+    if status == NO_KERNEL_IMAGE:
+        return f"{LIBRARY.name} was built for newer GPUs: run `sh compile.sh` on this machine"
     return None if status == 0 else _error(library, status)
 
 

@@ -275,8 +275,18 @@ def _refuse_twice() -> None:
         raise RuntimeError("the compiled operations cannot be differentiated twice (create_graph)")
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+_CPU = torch.device("cpu")
+_FP32 = torch.float32
+
+
+def _at(x: Tensor | None, *shape: int, dtype: torch.dtype = _FP32) -> int | None:
+    """Address of contiguous x, checked; None for None."""
+    return None if x is None else native.pointer(x, shape, dtype, _CPU)
+
+
+def _fp32(*shape: int) -> Tensor:
+    """Space for numbers that compiled code writes, whatever torch's default dtype and device."""
+    return torch.empty(shape, dtype=_FP32, device=_CPU)
 
 
 def _call(function: str, *arguments) -> None:
@@ -289,7 +299,7 @@ def _call(function: str, *arguments) -> None:
 def _norm_call(x: Tensor, types: int, weight: Tensor, bias: Tensor | None, eps: float, drop):
     rows, length, width = x.shape[0] * x.shape[1], x.shape[1], x.shape[2]
     return _Norm(
-        rows, length, width, types, _pointer(weight), _pointer(bias), eps, *drop,
+        rows, length, width, types, _at(weight, width), _at(bias, width), eps, *drop,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -302,12 +312,13 @@ class _AddNorm(torch.autograd.Function):
         x, branch, wide_weight = x.contiguous(), branch.contiguous(), weight.float().contiguous()
         types = _TYPES[x.dtype, branch.dtype, norm_dtype]
         y, normed = torch.empty_like(x), torch.empty_like(x, dtype=norm_dtype)
-        stats = torch.empty(*x.shape[:2], 2)
+        stats = _fp32(*x.shape[:2], 2)
         wide_bias = bias.float().contiguous()
         call = _norm_call(x, types, wide_weight, wide_bias, eps, drop)
         _call(
-            "sat_add_norm", ctypes.byref(call), x.data_ptr(), branch.data_ptr(), y.data_ptr(),
-            normed.data_ptr(), stats.data_ptr(),
+            "sat_add_norm", ctypes.byref(call), _at(x, *x.shape, dtype=x.dtype),
+            _at(branch, *x.shape, dtype=branch.dtype), _at(y, *x.shape, dtype=x.dtype),
+            _at(normed, *x.shape, dtype=norm_dtype), _at(stats, *x.shape[:2], 2),
         )  # fmt: skip
         ctx.save_for_backward(y, stats, wide_weight)
         ctx.rest = types, branch.dtype, norm_dtype, weight.dtype, bias.dtype, eps, drop
@@ -322,15 +333,21 @@ class _AddNorm(torch.autograd.Function):
         dy, dnormed = _grads(y, dy, dnormed, norm_dtype)
         dx, dbranch = torch.empty_like(y), torch.empty_like(y, dtype=branch_dtype)
         call = _norm_call(y, types, weight, None, eps, drop)
-        pieces = torch.empty(-(-call.rows // _PIECE), 2, call.features)
-        dparameters = torch.empty(2, call.features)
+        pieces, dparameters = _norm_gradients(call)
         _call(
-            "sat_add_norm_backward", ctypes.byref(call), y.data_ptr(), stats.data_ptr(),
-            _pointer(dy), dnormed.data_ptr(), dx.data_ptr(), dbranch.data_ptr(),
-            pieces.data_ptr(), dparameters.data_ptr(),
+            "sat_add_norm_backward", ctypes.byref(call), _at(y, *y.shape, dtype=y.dtype),
+            _at(stats, *y.shape[:2], 2), _at(dy, *y.shape, dtype=y.dtype),
+            _at(dnormed, *y.shape, dtype=norm_dtype), _at(dx, *y.shape, dtype=y.dtype),
+            _at(dbranch, *y.shape, dtype=branch_dtype), _at(pieces, *pieces.shape),
+            _at(dparameters, 2, call.features),
         )  # fmt: skip
         dweight, dbias = dparameters[0].to(weight_dtype), dparameters[1].to(bias_dtype)
         return dx, dbranch, dweight, dbias, None, None, None
+
+
+def _norm_gradients(call: _Norm) -> tuple[Tensor, Tensor]:
+    """Space for the sums of pieces of the tokens, and for dweight and dbias."""
+    return _fp32(-(-call.rows // _PIECE), 2, call.features), _fp32(2, call.features)
 
 
 def _grads(y: Tensor, dy: Tensor | None, dnormed: Tensor | None, norm_dtype: torch.dtype):
@@ -345,16 +362,20 @@ class _EmbedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, ids, words, positions, weight, bias, eps, drop, norm_dtype):
-        ids, words, positions = ids.contiguous(), words.contiguous(), positions.contiguous()
+        ids = ids.to(torch.int64).contiguous()  # int32 is as good
+        words, positions = words.contiguous(), positions.contiguous()
         wide_weight, wide_bias = weight.float().contiguous(), bias.float().contiguous()
         types = _TYPES[words.dtype, norm_dtype, norm_dtype]
-        x = torch.empty(*ids.shape, words.shape[1], dtype=words.dtype)
+        x = words.new_empty(*ids.shape, words.shape[1])
         normed = torch.empty_like(x, dtype=norm_dtype)
-        stats = torch.empty(*ids.shape, 2)
+        stats = _fp32(*ids.shape, 2)
         call = _norm_call(x, types, wide_weight, wide_bias, eps, drop)
+        length, width = x.shape[1:]
         _call(
-            "sat_embed_norm", ctypes.byref(call), ids.data_ptr(), len(words), words.data_ptr(),
-            positions.data_ptr(), x.data_ptr(), normed.data_ptr(), stats.data_ptr(),
+            "sat_embed_norm", ctypes.byref(call), _at(ids, *ids.shape, dtype=torch.int64),
+            len(words), _at(words, len(words), width, dtype=x.dtype),
+            _at(positions, length, width, dtype=x.dtype), _at(x, *x.shape, dtype=x.dtype),
+            _at(normed, *x.shape, dtype=norm_dtype), _at(stats, *ids.shape, 2),
         )  # fmt: skip
         ctx.save_for_backward(ids, x, stats, wide_weight)
         ctx.rest = types, norm_dtype, len(words), weight.dtype, bias.dtype, eps, drop
@@ -369,14 +390,16 @@ class _EmbedNorm(torch.autograd.Function):
         dx, dnormed = _grads(x, dx, dnormed, norm_dtype)
         call = _norm_call(x, types, weight, None, eps, drop)
         dsum = torch.empty_like(x, dtype=torch.float32)
-        pieces = torch.empty(-(-call.rows // _PIECE), 2, call.features)
-        dparameters = torch.empty(2, call.features)
-        dwords = torch.empty(vocabulary, call.features)
-        dpositions = torch.empty(call.length, call.features) if ctx.needs_input_grad[2] else None
+        pieces, dparameters = _norm_gradients(call)
+        length, width = x.shape[1:]
+        dwords = _fp32(vocabulary, width)
+        dpositions = _fp32(length, width) if ctx.needs_input_grad[2] else None
         _call(
-            "sat_embed_norm_backward", ctypes.byref(call), ids.data_ptr(), vocabulary,
-            x.data_ptr(), stats.data_ptr(), _pointer(dx), dnormed.data_ptr(), dsum.data_ptr(),
-            pieces.data_ptr(), dparameters.data_ptr(), dwords.data_ptr(), _pointer(dpositions),
+            "sat_embed_norm_backward", ctypes.byref(call), _at(ids, *ids.shape, dtype=ids.dtype),
+            vocabulary, _at(x, *x.shape, dtype=x.dtype), _at(stats, *ids.shape, 2),
+            _at(dx, *x.shape, dtype=x.dtype), _at(dnormed, *x.shape, dtype=norm_dtype),
+            _at(dsum, *x.shape), _at(pieces, *pieces.shape), _at(dparameters, 2, width),
+            _at(dwords, vocabulary, width), _at(dpositions, length, width),
         )  # fmt: skip
         if dpositions is not None:
             dpositions = dpositions.to(x.dtype)
@@ -405,7 +428,8 @@ def _gelu_call(x: Tensor, grad: Tensor | None, drop) -> Tensor:
     if x.numel():
         size = x.numel() // x.shape[0]
         call = _Gelu(x.shape[0], size, _TYPE[x.dtype], *drop, torch.get_num_threads())
-        _call("sat_gelu", ctypes.byref(call), x.data_ptr(), _pointer(grad), out.data_ptr())
+        tensors = (_at(tensor, *x.shape, dtype=x.dtype) for tensor in (x, grad, out))
+        _call("sat_gelu", ctypes.byref(call), *tensors)
     return out
 
 
@@ -414,23 +438,28 @@ class _MaskedMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mask):
-        x, ctx.mask, ctx.dtype = x.contiguous(), mask.contiguous(), x.dtype
-        out = torch.empty(x.shape[0], x.shape[2])
-        _mean_call("sat_mean", ctx, out, x, x.shape)
+        x, mask, ctx.dtype = x.contiguous(), mask.contiguous(), x.dtype
+        ctx.save_for_backward(mask)
+        out = _fp32(x.shape[0], x.shape[2])
+        _mean_call("sat_mean", mask, x, out, backward=False)
         return out
 
     @staticmethod
     def backward(ctx, dout):
         _refuse_twice()
         dout = dout.contiguous()
-        dx = torch.empty(*ctx.mask.shape, dout.shape[1], dtype=ctx.dtype)
-        _mean_call("sat_mean_backward", ctx, dx, dout, dx.shape)
+        (mask,) = ctx.saved_tensors
+        dx = dout.new_empty(*mask.shape, dout.shape[1], dtype=ctx.dtype)
+        _mean_call("sat_mean_backward", mask, dx, dout, backward=True)
         return dx, None
 
 
-def _mean_call(function: str, ctx, out: Tensor, given: Tensor, shape: torch.Size) -> None:
-    call = _Mean(*shape, _TYPE[ctx.dtype], ctx.mask.data_ptr(), torch.get_num_threads())
-    _call(function, ctypes.byref(call), given.data_ptr(), out.data_ptr())
+def _mean_call(function: str, mask: Tensor, tokens: Tensor, mean: Tensor, backward: bool) -> None:
+    B, N, E = tokens.shape
+    real = _at(mask, B, N, dtype=torch.bool)
+    call = _Mean(B, N, E, _TYPE[tokens.dtype], real, torch.get_num_threads())
+    both = _at(tokens, B, N, E, dtype=tokens.dtype), _at(mean, B, E)
+    _call(function, ctypes.byref(call), *(both[::-1] if backward else both))
 
 
 class _LayerRest(torch.autograd.Function):
@@ -446,8 +475,13 @@ class _LayerRest(torch.autograd.Function):
         normed = torch.empty_like(x, dtype=attended.dtype)
         hidden = attended.new_empty(*x.shape[:2], call.hidden)
         stats = x.new_empty(*x.shape[:2], 4)
-        tensors = x, attended, y, hidden, z, normed, stats
-        _call("sat_layer_forward", ctypes.byref(call), *map(_pointer, tensors))
+        narrow = attended.dtype
+        _call(
+            "sat_layer_forward", ctypes.byref(call), _at(x, *x.shape),
+            _at(attended, *x.shape[:2], call.attended, dtype=narrow), _at(y, *x.shape),
+            _at(hidden, *x.shape[:2], call.hidden, dtype=narrow), _at(z, *x.shape),
+            _at(normed, *x.shape, dtype=narrow), _at(stats, *x.shape[:2], 4),
+        )  # fmt: skip
         ctx.save_for_backward(attended, y, hidden, z, stats, *parameters)
         ctx.rest = rest
         ctx.set_materialize_grads(False)
@@ -461,8 +495,15 @@ class _LayerRest(torch.autograd.Function):
         call, _keep_alive = _layer_call(y, attended, parameters, *ctx.rest)
         dx, dattended = torch.empty_like(y), torch.empty_like(attended)
         pieces, flat, gradients = _parameter_gradients(call.rows, parameters)
-        tensors = attended, y, hidden, z, stats, dz, dnormed, dx, dattended, pieces, flat
-        _call("sat_layer_backward", ctypes.byref(call), *map(_pointer, tensors))
+        tokens, narrow = y.shape[:2], attended.dtype
+        _call(
+            "sat_layer_backward", ctypes.byref(call),
+            _at(attended, *tokens, call.attended, dtype=narrow), _at(y, *y.shape),
+            _at(hidden, *tokens, call.hidden, dtype=narrow), _at(z, *y.shape),
+            _at(stats, *tokens, 4), _at(dz, *y.shape), _at(dnormed, *y.shape, dtype=narrow),
+            _at(dx, *y.shape), _at(dattended, *tokens, call.attended, dtype=narrow),
+            _at(pieces, *pieces.shape), _at(flat, *flat.shape),
+        )  # fmt: skip
         return dx, dattended, None, None, None, None, None, *gradients
 
 
@@ -476,7 +517,8 @@ def _layer_call(
     active, block_size = _active_blocks(layout)
     call = _Layer(
         _TYPE[attended.dtype], batch * length, length, width, attended.shape[2],
-        len(parameters[4]), *map(_pointer, parameters), _pointer(active), block_size, eps,
+        len(parameters[4]), *(_at(parameter, *parameter.shape) for parameter in parameters),
+        _at(active, length // block_size, dtype=torch.uint8), block_size, eps,
         threshold, scale, site_keys, first_example, torch.get_num_threads(),
     )  # fmt: skip
     return call, active
@@ -485,8 +527,7 @@ def _layer_call(
 def _parameter_gradients(rows: int, parameters) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Space for the pieces' sums and for their total; the total as gradients of each parameter."""
     sizes = [parameter.numel() for parameter in parameters]
-    pieces = torch.empty(-(-rows // _LAYER_PIECE), sum(sizes))
-    flat = torch.empty(sum(sizes))
+    pieces, flat = _fp32(-(-rows // _LAYER_PIECE), sum(sizes)), _fp32(sum(sizes))
     parts = flat.split(sizes)
     return pieces, flat, [q.view_as(p) for q, p in zip(parts, parameters, strict=True)]
 
@@ -514,7 +555,9 @@ class _Project(torch.autograd.Function):
         parameters = tuple(parameter.contiguous() for parameter in parameters)
         call, _keep_alive = _projections_call(x, parameters, layout)
         parts = [x.new_empty(*x.shape[:2], call.attended) for _ in range(3)]
-        _call("sat_project", ctypes.byref(call), x.data_ptr(), *map(_pointer, parts))
+        shape = *x.shape[:2], call.attended
+        pointers = (_at(part, *shape, dtype=x.dtype) for part in parts)
+        _call("sat_project", ctypes.byref(call), _at(x, *x.shape, dtype=x.dtype), *pointers)
         ctx.save_for_backward(x, *parameters)
         ctx.layout = layout
         return tuple(_split_heads(part, heads) for part in parts)
@@ -527,8 +570,13 @@ class _Project(torch.autograd.Function):
         call, _keep_alive = _projections_call(x, parameters, ctx.layout)
         dx = torch.empty_like(x)
         pieces, flat, gradients = _parameter_gradients(call.rows, parameters)
-        tensors = x, *dparts, dx, pieces, flat
-        _call("sat_project_backward", ctypes.byref(call), *map(_pointer, tensors))
+        heads = dparts[0].shape[2]
+        shape = *x.shape[:2], heads, call.attended // heads
+        _call(
+            "sat_project_backward", ctypes.byref(call), _at(x, *x.shape, dtype=x.dtype),
+            *(_at(part, *shape, dtype=x.dtype) for part in dparts),
+            _at(dx, *x.shape, dtype=x.dtype), _at(pieces, *pieces.shape), _at(flat, *flat.shape),
+        )  # fmt: skip
         return dx, None, None, *gradients
 
 
@@ -541,10 +589,11 @@ def _projections_call(x, parameters, layout) -> tuple[_Projections, Tensor | Non
     batch, length, width = x.shape
     active, block_size = _active_blocks(layout)
     triple = ctypes.c_void_p * 3
+    pointers = [_at(parameter, *parameter.shape) for parameter in parameters]
     call = _Projections(
         _TYPE[x.dtype], batch * length, length, width, len(parameters[0]),
-        triple(*map(_pointer, parameters[::2])), triple(*map(_pointer, parameters[1::2])),
-        _pointer(active), block_size, torch.get_num_threads(),
+        triple(*pointers[::2]), triple(*pointers[1::2]),
+        _at(active, length // block_size, dtype=torch.uint8), block_size, torch.get_num_threads(),
     )  # fmt: skip
     return call, active
 
@@ -562,6 +611,21 @@ def _compiled_products(operand: Tensor, rest: list[Tensor]) -> bool:
     if dtype == torch.bfloat16 and native.reason_unavailable() is None:
         return bool(_library().sat_layer_has_bfloat())
     return dtype == torch.float32
+
+
+def _check(x: Tensor, layout: BlockLayout | None = None, /, **others: Tensor | None) -> None:
+    """Everything lies on x's device, and the layout covers x's tokens. ValueError if not."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} is on {other.device}, the tokens are on {x.device}")
+    if layout is not None:
+        layout.check(x.shape[1], x.device)
+
+
+def _check_norm(width: int, norm_weight: Tensor, norm_bias: Tensor) -> None:
+    found = tuple(norm_weight.shape), tuple(norm_bias.shape)
+    if found != ((width,), (width,)):
+        raise ValueError(f"norm_weight and norm_bias must be [{width}], got {found}")
 
 
 def _use_cpu(backend: str, x: Tensor, compiled: bool) -> bool:
@@ -599,15 +663,24 @@ def embedding_dropout_layer_norm(
     """x = dropout(word_table[ids] + position_table) and its layer norm.
 
     Args:
-        ids: int64 [B, N], each in 0 .. V - 1.
+        ids: int64 or int32 [B, N], each in 0 .. V - 1.
         word_table, position_table: [V, E], [N, E] of one dtype.
         norm_weight, norm_bias: [E].
         p: dropout probability, realised as a multiple of 2**-16.
         key: None (evaluation) means no dropout.
         site: names this place in the model; two places never share one.
     Returns: (x [B, N, E] in the tables' dtype, LayerNorm(x) in that, or autocast's if it is on).
-    Raises: ValueError if shapes disagree or p is not in [0, 1).
+    Raises: ValueError if shapes, devices or p in [0, 1) disagree; IndexError for a foreign id.
     """
+    if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids must be int64 or int32 [B, N], not {ids.dtype} {list(ids.shape)}")
+    if word_table.dim() != 2:
+        raise ValueError(f"word_table must be [V, E], not {list(word_table.shape)}")
+    _check_norm(word_table.shape[1], norm_weight, norm_bias)
+    _check(
+        ids, word_table=word_table, position_table=position_table, norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )  # fmt: skip
     if position_table.shape != (ids.shape[1], word_table.shape[1]):
         raise ValueError(
             f"position_table must be [{ids.shape[1]}, {word_table.shape[1]}] for ids "
@@ -649,8 +722,12 @@ def dropout_add_layer_norm(
     Returns: (y in the wider of the two dtypes, LayerNorm(y) in that, or autocast's if it is on).
     Raises: ValueError if shapes disagree or p is not in [0, 1).
     """
-    if x.shape != branch.shape:
-        raise ValueError(f"x {list(x.shape)} and branch {list(branch.shape)} must agree")
+    if x.dim() != 3 or x.shape != branch.shape:
+        raise ValueError(
+            f"x {list(x.shape)} and branch {list(branch.shape)} must agree and be [B, N, E]"
+        )
+    _check_norm(x.shape[-1], norm_weight, norm_bias)
+    _check(x, branch=branch, norm_weight=norm_weight, norm_bias=norm_bias)
     norm_dtype = _norm_dtype(x)
     types = x.dtype, branch.dtype, norm_dtype
     if _use_cpu(backend, x, types in _TYPES and _compiled_widths(x.shape[-1])):
@@ -678,10 +755,12 @@ def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
 
     x: [B, N, E]; mask: bool [B, N]. Returns [B, E] fp32 (fp64 for fp64).
     """
-    if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+    if x.dim() != 3 or mask.dtype != torch.bool or mask.shape != x.shape[:2]:
         raise ValueError(
-            f"mask must be bool {list(x.shape[:2])}, not {mask.dtype} {list(mask.shape)}"
+            f"x must be [B, N, E] and mask bool [B, N], not {list(x.shape)} and {mask.dtype} "
+            f"{list(mask.shape)}"
         )
+    _check(x, mask=mask)
     if _use_cpu(backend, x, x.dtype in _TYPE and _compiled_widths(x.shape[-1])):
         return _MaskedMean.apply(x, mask)
     with torch.autocast(x.device.type, enabled=False):
@@ -712,11 +791,12 @@ def attention_projections(
     parameters = [*query, *key, *value]
     E, K = x.shape[-1], len(query[0])
     found = [tuple(parameter.shape) for parameter in parameters]
-    if found != [(K, E), (K,)] * 3 or K % heads:
+    if x.dim() != 3 or found != [(K, E), (K,)] * 3 or K % heads:
         raise ValueError(
             f"x {list(x.shape)} and {heads} heads need three weights [heads * head_dim, {E}] and "
             f"their biases, got {found}"
         )
+    _check(x, layout, **{f"parameter {i}": q for i, q in enumerate(parameters)})
     if _use_cpu(backend, x, _compiled_products(x, parameters) and _compiled_widths(E, K)):
         return _Project.apply(x, heads, layout, *parameters)
     # one product; the attention kernels read the strided parts without a copy
@@ -762,11 +842,12 @@ def attention_output_feed_forward(
     E, K, hidden = x.shape[-1], attended.shape[-1], len(expand[0])
     expected = [(E, K), (E,), (E,), (E,), (hidden, E), (hidden,), (E, hidden), (E,), (E,), (E,)]
     found = [tuple(parameter.shape) for parameter in parameters]
-    if found != expected or attended.shape[:-1] != x.shape[:-1]:
+    if x.dim() != 3 or found != expected or attended.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"x {list(x.shape)} and attended {list(attended.shape)} need parameters of shapes "
             f"{expected}, got {found}"
         )
+    _check(x, layout, attended=attended, **{f"parameter {i}": q for i, q in enumerate(parameters)})
     compiled = _compiled_products(attended, [x, *parameters]) and _compiled_widths(E, K, hidden)
     if _use_cpu(backend, x, compiled):  # else the compiled parts one after the other
         return _LayerRest.apply(x, attended, layout, p, key, sites, eps, *parameters)

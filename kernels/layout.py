@@ -95,6 +95,18 @@ class BlockLayout:
     def device(self) -> torch.device:
         return self.block_mask.device
 
+    def check(self, length: int, device: torch.device) -> None:
+        """ValueError unless it is for sequences of `length` tokens on `device`."""
+        if self.length != length:
+            raise ValueError(
+                f"layout covers {self.num_blocks} blocks of {self.block_size} = {self.length} "
+                f"tokens, but there are {length}"
+            )
+        if self.device != device:
+            raise ValueError(
+                f"layout is on {self.device}, the tensors are on {device}: use layout.to(...)"
+            )
+
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout with its lists on `device`; itself if they are there already."""
         if self.device == torch.device(device):

@@ -9,7 +9,11 @@ import ctypes
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 ABI = 2  # SAT_ABI in csrc/cpu/abi.h
 LIBRARY = Path(__file__).resolve().parent / "libsat_cpu.so"
@@ -50,6 +54,34 @@ def check(status: int, what: str) -> None:
     """Raises RuntimeError if a function of the library did not return 0."""
     if status != 0:
         raise RuntimeError(f"{what} failed: {STATUS.get(status, f'status {status}')}")
+
+
+def pointer(
+    tensor: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    strided: bool = False,
+) -> int:
+    """Address of what compiled code reads or writes; nothing else in kernels/ takes one.
+
+    Compiled code trusts what it is told, so that the tensor is just this is checked here.
+    strided: its strides are passed on too; else it must be contiguous.
+    Raises: ValueError if it differs.
+    """
+    if (
+        tensor.shape != shape
+        or tensor.dtype != dtype
+        or tensor.device != device
+        or not (strided or tensor.is_contiguous())
+    ):
+        raise ValueError(
+            f"a kernel needs {dtype} {list(shape)} on {device}{'' if strided else ', contiguous'}"
+            f", not {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            f" with strides {tensor.stride()}"
+        )
+    return tensor.data_ptr()
 
 
 def _list_isas(library: ctypes.CDLL) -> dict[str, str | None]:
@@ -101,8 +133,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _share_openmp() -> None:
     """Gives the library, which is linked to no OpenMP runtime, the one that torch has loaded."""
-    import torch
-
     with open("/proc/self/maps") as maps:
         loaded = {Path(line.split(maxsplit=5)[-1].strip()) for line in maps if ".so" in line}
     runtimes = [p for p in loaded if p.name.startswith(("libgomp", "libiomp5", "libomp"))]

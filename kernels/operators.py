@@ -38,13 +38,12 @@ def register_attention(
     operators = getattr(torch.ops, library.ns)
 
     def setup_context(ctx, inputs, output):
-        query, key, value, ctx.mask, ctx.lists, *ctx.settings = inputs
-        ctx.save_for_backward(query, key, value, *output)
+        query, key, value, mask, ctx.lists, *ctx.settings = inputs
+        # The mask too: saved, it is refused if it has been edited in between.
+        ctx.save_for_backward(query, key, value, *output, mask)
 
     def differentiate(ctx, dout, dlse):
-        grads = operators.attention_backward(
-            dout, *ctx.saved_tensors, ctx.mask, ctx.lists, *ctx.settings
-        )
+        grads = operators.attention_backward(dout, *ctx.saved_tensors, ctx.lists, *ctx.settings)
         return *grads, None, [None] * len(ctx.lists), None, None, None
 
     name = f"{library.ns}::attention"

@@ -733,7 +733,7 @@ def good_call():
         ({"key": torch.zeros(2, 2, 64, 32).half()}, "query and key must agree in dtype"),
         ({"value": torch.zeros(2, 2, 64, 16)}, "query and value must agree in shape"),
         ({"value": torch.zeros(2, 2, 64, 32, device="meta")}, "must agree in device"),
-        ({"layout": BlockLayout.full(4, 32)}, "4 blocks of 32 = 128 tokens, but query has 64"),
+        ({"layout": BlockLayout.full(4, 32)}, "4 blocks of 32 = 128 tokens, but there are 64"),
         ({"layout": torch.ones(4, 4).bool()}, "layout must be a BlockLayout, not Tensor"),
         ({"key_padding_mask": torch.ones(2, 64)}, r"must be bool \[2, 64\] .* not torch.float32"),
         ({"key_padding_mask": torch.ones(2, 32).bool()}, r"must be bool \[2, 64\] .*\[2, 32\]"),

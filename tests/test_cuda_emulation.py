@@ -12,7 +12,7 @@ import pytest
 import torch
 from emulated_cuda import EARLY, HERE, REVERSE, SOURCES
 
-from kernels import BlockLayout, attention_statistics, block_sparse_attention
+from kernels import BlockLayout, attention_statistics, block_sparse_attention, cuda
 
 MODES = [0, EARLY, REVERSE, EARLY | REVERSE]
 SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -154,6 +154,23 @@ def test_older_gpus_compute_the_same(dtype):
     ):
         rounding = {torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
         torch.testing.assert_close(new, old, rtol=rounding, atol=rounding * new.abs().max().item())
+
+
+def test_a_gpu_that_the_library_was_not_built_for_is_passed_by_auto(monkeypatch):
+    fits = cuda._cached_reason_too_large.__wrapped__
+    query = torch.zeros(1, 1, 64, 32)
+    with emulated_cuda.active() as library:
+        monkeypatch.setattr(cuda, "_reason_too_large", fits)
+        layout = BlockLayout.full(2, 32)
+        assert cuda.supports("block_sparse_attention", query, layout) is None
+        library.emulation_foreign(1)
+        try:
+            reason = "libsat_cuda.so was built for newer GPUs: run `sh compile.sh`"
+            with pytest.raises(RuntimeError, match=reason):
+                block_sparse_attention(query, query, query, layout, backend="cuda")
+            assert block_sparse_attention(query, query, query, layout).shape == query.shape
+        finally:
+            library.emulation_foreign(0)
 
 
 def test_too_little_shared_memory_is_an_error():

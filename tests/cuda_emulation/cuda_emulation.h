@@ -50,7 +50,13 @@ struct dim3 {
     explicit dim3(unsigned x) : x(x) {}
 };
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorLaunchFailure = 719
+};
+struct cudaFuncAttributes {};
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
@@ -99,6 +105,7 @@ struct Machine {
     int mode = 0;
     int arch = 800;                   // compute capability times 100: which instructions the kernels may use
     int shared_limit = 227 * 1024;    // of an H100
+    bool foreign = false;             // a GPU that the library has no kernels for
     std::string error;
     unsigned block = 0, blocks = 0, threads = 0;
     unsigned char* shared = nullptr;
@@ -517,6 +524,9 @@ inline float log2_fast(float x) { return log2f(x); }
 #define __ballot_sync emulation::ballot
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+    return emulation::machine.foreign ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
     *value = emulation::machine.shared_limit;

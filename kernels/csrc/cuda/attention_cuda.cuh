@@ -45,7 +45,7 @@ namespace sat {
 
 enum Pass { kForward, kDenominator, kBackwardRows, kBackwardColumns, kStatistics };
 
-// Launches one pass, or with `launch` false only finds out its shared memory. A cudaError_t, or kTooLarge.
+// Launches one pass, or with `launch` false only finds out whether it could. A cudaError_t, or kTooLarge.
 constexpr int kTooLarge = -1;    // needs more shared memory than the device has
 struct Run {
     Pass pass;
@@ -617,7 +617,7 @@ int run_rows(const Run& run, const SatAttention& p) {
     const int64_t blocks = p.batch * p.heads * (p.length / M);
     auto go = [&](auto kernel, int shared) {
         if (shared > run.shared_limit) return kTooLarge;
-        return run.launch ? launch(kernel, blocks, M * 2, shared, run.stream, p) : 0;
+        return run.launch ? launch(kernel, blocks, M * 2, shared, run.stream, p) : loadable(kernel);
     };
     switch (run.pass) {
         case kForward:
@@ -639,7 +639,7 @@ int run_dim(const Run& run, const SatAttention& p) {
         if (kShared > run.shared_limit) return kTooLarge;
         const int64_t side = (p.length + M - 1) / M;
         return run.launch ? launch(statistics_kernel<E, D, M>, p.groups * side * side, M * 2, kShared, run.stream, p)
-                          : 0;
+                          : loadable(statistics_kernel<E, D, M>);
     }
     // As many rows as the blocks and the device allow; in fp32 with D = 128, 64 rows would fit on few devices.
     if constexpr (D * kBytes<E> <= 256)

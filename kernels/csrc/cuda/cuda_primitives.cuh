@@ -484,6 +484,13 @@ struct Tile {
     }
 };
 
+// Whether the library has this kernel for the device: cudaSuccess, or cudaErrorNoKernelImageForDevice on an older one.
+template <class Parameters>
+int loadable(void (*kernel)(Parameters)) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
 // Runs kernel(parameters) on `blocks` blocks of `threads` threads with `shared` bytes; the CUDA error code.
 template <class Parameters>
 int launch(void (*kernel)(Parameters), int64_t blocks, int threads, int shared, void* stream,

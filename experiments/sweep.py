@@ -27,6 +27,7 @@ ENTRY = Path(__file__).resolve().parents[1] / "main_learnable_skewness.py"
 # its files carry the long name, so we use that from the start
 ALIASES = {"lra-pathfinder": "lra-pathfinder32-curv_contour_length_14"}
 OURS = ("--task", "--random", "--name", "--output_dir", "--mode", "--resume", "--stop_after")
+OURS += ("--pattern",)
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     args = parser.parse_args(argv)
     ours = [word for word in more if word.split("=")[0] in OURS]
+    if args.densities is not None:
+        fields = [word.removeprefix("--set=").partition("=")[0].strip() for word in more]
+        ours += ["--set model.density"] * ("model.density" in fields)
     if ours:
         parser.error(f"{ours[0]} is set by the sweep itself and cannot stand after --")
     return args, more

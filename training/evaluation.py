@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,11 @@ class Evaluation:
     accuracy: float
     attention_loss: float | None  # None with sparse attention, and where it was not asked for
     num_examples: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the losses are numbers."""
+        return math.isfinite(self.loss + (self.attention_loss or 0.0))
 
 
 @torch.no_grad()
@@ -48,6 +54,8 @@ def evaluate(
     begin, end = world.part(len(indices))
     # loss, correct answers, attention loss
     totals = torch.zeros(3, dtype=torch.float64, device=device)
+    training = model.training
+    model.eval()  # ours needs no such word, a layer that somebody added may
     for start in range(begin, end, batch_size):
         ids, ids_1, labels = to_device(
             data.batch(indices[start : min(start + batch_size, end)]), device
@@ -59,6 +67,7 @@ def evaluate(
         totals[1] += (output.logits.argmax(-1) == labels).sum()
         if attn_loss_scale is not None and dense:
             totals[2] += attention_loss(model, output, attn_loss_scale) * len(labels)
+    model.train(training)
     world.sum_([totals])
     loss, correct, attention = (totals / len(indices)).tolist()
     return Evaluation(loss, correct, attention if dense else None, len(indices))

@@ -16,9 +16,10 @@ from sparsity.criteria import Decision
 from training.data.order import evaluation_subset
 from training.evaluation import evaluate
 from training.recording import provenance, words
-from training.recording.checkpoint import TrainState, save_checkpoint
+from training.recording.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from training.recording.files import CheckpointError
 from training.recording.reference_files import save_masks
-from training.run import Run, TrainingFailed
+from training.run import Run, TrainingFailed, not_finite
 from training.step import train_step
 
 EVALUATION_SEED = 0  # the dev subset is the same for every run, so that runs can be compared
@@ -41,6 +42,8 @@ def train(run: Run) -> str:
         of one example. CheckpointError: a checkpoint cannot be written.
     """
     config, options = run.config.training, run.options
+    if run.step == 0:
+        save_first(run)
     last_save = time.monotonic()
     if run.phase == "dense" and options.max_dense_steps == run.step == 0:
         switch_to_sparse(run, "--max_dense_steps 0")
@@ -56,7 +59,8 @@ def train(run: Run) -> str:
         evaluated = run.step % config.eval_frequency == 0 or last
         if evaluated:
             evaluate_and_keep_best(run, final=last)
-        switched = run.phase == "dense" and _must_switch(run, decision)
+        # after the last step nothing would be trained with the blocks
+        switched = run.phase == "dense" and not last and _must_switch(run, decision)
         if switched:
             assert decision is not None
             switch_to_sparse(run, decision.reason if decision.transition else "--max_dense_steps")
@@ -128,6 +132,8 @@ def evaluate_and_keep_best(run: Run, final: bool) -> None:
         world=run.world,
         attn_loss_scale=run.config.training.attn_loss_scale,
     )
+    if not result.is_finite:
+        raise not_finite(run, f"the evaluation loss after step {run.step}")
     better = run.best_accuracy is None or result.accuracy > run.best_accuracy
     keep = better and (run.step >= FIRST_BEST_STEP or final)
     if keep:
@@ -149,7 +155,7 @@ def best_state(run: Run) -> TrainState:
         model_state_dict=run.model.state_dict(),
         phase=run.phase,
         block_masks=run.model.block_masks,
-        config=run.config.as_dict(),
+        config=run.config.as_dict() | {"precision": run.options.precision},
         step=run.step,
         best_accuracy=run.best_accuracy,
     )
@@ -158,9 +164,12 @@ def best_state(run: Run) -> TrainState:
 def save_last(run: Run) -> None:
     """Writes what `resume` needs. Every process's state is the same but for nothing: rank 0 writes
     for all."""
+    state = best_state(run)
+    # an update may have broken what the step before it found whole
+    if not all(bool(value.isfinite().all()) for value in state.model_state_dict.values()):
+        raise not_finite(run, f"a weight after step {run.step}")
     if not run.world.is_main or run.paths is None:
         return
-    state = best_state(run)
     state.training = {
         "log": run.log.sync(),
         "optimizer": run.optimizer.state_dict(),
@@ -178,6 +187,26 @@ def save_last(run: Run) -> None:
     }
     save_checkpoint(run.paths.last, state, keep_previous=True)
     provenance.record(run)
+
+
+def save_first(run: Run) -> None:
+    """Saves before the first step, so that a run can be resumed from its first moment on, and
+    loads it back: a model under names that no checkpoint is known by fails now, not after hours.
+
+    Raises:
+        TrainingFailed: it cannot be loaded; what was saved is removed.
+    """
+    save_last(run)
+    if not run.world.is_main or run.paths is None:
+        return
+    try:
+        load_checkpoint(run.paths.last)
+    except CheckpointError as error:
+        run.paths.last.unlink()
+        raise TrainingFailed(
+            f"a checkpoint of this model could not be loaded again ({error}); training stopped "
+            f"before the first step"
+        ) from None
 
 
 def restore(run: Run, state: TrainState) -> None:

@@ -76,6 +76,15 @@ class Run:
         return PhaseOptimizer(self.model.parameters(), self.config.training, self.phase)
 
 
+def not_finite(run: Run, what: str) -> TrainingFailed:
+    """What to raise when numbers have broken: says where, and what there is to go on from."""
+    last = f", the last good checkpoint is {run.paths.last}" if run.paths is not None else ""
+    return TrainingFailed(
+        f"{what} ({run.phase} phase) is not finite; training stopped{last}; try a lower learning "
+        f"rate (--set training.learning_rate=...)"
+    )
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Means over the global batch of one training step."""

@@ -15,7 +15,7 @@ from training.data.order import training_indices
 from training.distributed import PeerLostError
 from training.forward import attention_loss, autocast, to_device
 from training.recording import words
-from training.run import Run, StepResult, TrainingFailed
+from training.run import Run, StepResult, TrainingFailed, not_finite
 
 
 def train_step(run: Run) -> StepResult:
@@ -100,9 +100,9 @@ def _train_step(run: Run) -> StepResult:
     numbers = torch.cat([shared, torch.stack([largest, norm])]).tolist()
     loss_sum, correct, attention_sum, signals, peak, gradient_norm = numbers
     # checked before the weights move: what is saved is good
-    if not math.isfinite(loss_sum) or (not math.isfinite(peak) and not run.scaler.is_enabled()):
-        what = "loss" if not math.isfinite(loss_sum) else "gradient"
-        raise TrainingFailed(_not_finite(run, what))
+    broken = not math.isfinite(loss_sum + attention_sum)
+    if broken or (not math.isfinite(peak) and not run.scaler.is_enabled()):
+        raise not_finite(run, f"the {'loss' if broken else 'gradient'} of step {run.step + 1}")
     learning_rate = run.optimizer.learning_rate
     loss_scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
     run.optimizer.clip()
@@ -143,11 +143,3 @@ def _statistics_request(run: Run, chunk: Chunk) -> StatisticsRequest:
         mean_out=[layer[groups] for layer in run.mean_attention],
         mean_weight=chunk.group_weight,
     )
-
-
-def _not_finite(run: Run, what: str) -> str:
-    where = f"the {what} of step {run.step + 1} ({run.phase} phase) is not finite"
-    remedy = "try a lower learning rate (--set training.learning_rate=...)"
-    if run.paths is not None and run.paths.last.exists():
-        return f"{where}; training stopped, the last good checkpoint is {run.paths.last}; {remedy}"
-    return f"{where}; training stopped before a checkpoint was written; {remedy}"

@@ -16,7 +16,6 @@ from models import SequenceClassifier, build_model
 from training import memory
 from training.commands.launch import (
     Launch,
-    check_writable,
     open_split,
     resolve_backend,
     resolve_device,
@@ -32,6 +31,7 @@ from training.recording.files import CheckpointError
 from training.recording.log import NullLog, RunLog
 from training.recording.paths import RunPaths
 from training.recording.reference_files import find_masks, mask_agreement
+from training.run import TrainingFailed
 from training.settings import TaskConfig, build_config, resolve_task
 
 # share of a layer's mask that its pattern would choose; foreign masks reach about the density
@@ -55,16 +55,22 @@ def evaluate_run(
     notices += notes
     device = resolve_device(args.device, launch)
     memory.keep_freed_memory()
-    precision = resolve_precision(args.precision, device)
+    precision, notes = _precision(args.precision, state, device)
+    notices += notes
     backend = resolve_backend(args.backend, device)
     model = model_of(state, config, backend, device, paths.model)
     test_data = open_split(args.data_dir, config, tasks[task], "test", launch)
-    check_writable(paths.output_dir)
     world = join_world(launch.rank, launch.size, device)
     micro = args.batch_size or args.micro_batch_size
     if micro is None or micro == "auto":
         micro = memory.auto_micro_batch(config.model, test_data.size, device, world.size)
-    log: NullLog = RunLog(paths.log) if world.is_main else NullLog()
+    log = NullLog()
+    if world.is_main:
+        try:
+            log = RunLog(paths.log)
+        except OSError as error:  # a model published on a read-only mount, for instance
+            log = RunLog(None)
+            notices.append(f"there will be no {paths.log}: {error.strerror or error}")
     try:
         log.line(
             f"model {paths.model}, task {task}, {provenance.device_name(device)}, precision "
@@ -99,6 +105,18 @@ def _evaluation_config(
     return TaskConfig.from_dict(state.config)
 
 
+def _precision(given: str, state: TrainState, device: torch.device) -> tuple[str, list[str]]:
+    """The run's precision where none is given and this device has it, and what is to be said."""
+    trained = (state.config or {}).get("precision")
+    wanted = trained if given == "auto" and trained is not None else given
+    if wanted == "fp16" and given == "auto" and device.type == "cpu":
+        wanted = "auto"
+    precision = resolve_precision(wanted, device)
+    if trained is None or precision == trained:
+        return precision, []
+    return precision, [f"trained in {trained}, evaluated in {precision} (--precision)"]
+
+
 def _with_attention(
     state: TrainState, attention: str, paths: RunPaths, args: argparse.Namespace
 ) -> tuple[TrainState, list[str]]:
@@ -106,16 +124,33 @@ def _with_attention(
     notices = []
     masks_from = getattr(args, "masks", None)
     if state.config is None and state.block_masks is None and attention != "dense":
+        # A checkpoint of the reference does not tell its phase, and the published masks carry the
+        # name of no run: whichever run of this task and seed wrote last. How well they agree with
+        # the model's patterns cannot decide: foreign masks reach 0.9, true ones go down to 0.5.
         try:
             found, slip = find_masks(paths.output_dir, paths.task, args.name, args.random)
         except CheckpointError as error:
             if attention == "sparse":
                 raise
-            notices.append(f"{error}: evaluated with dense attention")
+            notices.append(
+                f"{error}: evaluated with dense attention; if {paths.model.name} was trained with "
+                f"sparse attention, give its masks with --masks FILE"
+            )
         else:
-            notices.append(f"block masks: {found}" + (" (the published name)" if slip else ""))
-            state = load_checkpoint(paths.model, found)
-            masks_from = found
+            if attention == "sparse" or not slip or "learnable" in args.name:
+                what = "the published name, which is no run's" if slip else "of this very name"
+                notices.append(
+                    f"block masks: {found} ({what}); if {paths.model.name} was trained with dense "
+                    f"attention, add --attention dense"
+                )
+                state = load_checkpoint(paths.model, found)
+                masks_from = found
+            else:
+                notices.append(
+                    f"evaluated with dense attention: the block masks {found} carry no run's name "
+                    f"and {paths.model.name} no sign of being theirs; if it is, add --attention "
+                    f"sparse"
+                )
     if attention == "dense" and state.phase == "sparse":
         notices.append(
             "warning: the model was trained with sparse attention and is evaluated with dense "
@@ -163,7 +198,11 @@ def timed_test(
     precision: str,
     world: World,
 ) -> tuple[Evaluation, float]:
-    """Every example of the test set once; and the seconds it took."""
+    """Every example of the test set once; and the seconds it took.
+
+    Raises:
+        TrainingFailed: the loss is not finite.
+    """
     started = time.perf_counter()
     result = evaluate(
         model,
@@ -175,4 +214,9 @@ def timed_test(
         world=world,
         attn_loss_scale=None,
     )
+    if not result.is_finite:
+        raise TrainingFailed(
+            f"the loss on the test set is not finite in {precision}: the model's numbers have "
+            f"broken"
+        )
     return result, time.perf_counter() - started

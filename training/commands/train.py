@@ -196,7 +196,7 @@ def _train_and_test(run: Run, test_data: Dataset) -> int:
         run.world,
     )
     words.test_done(run.log, result, seconds, state.phase)
-    words.run_finished(run, result)
+    words.run_finished(run, result, state)
     return 0
 
 
@@ -204,17 +204,24 @@ def _state_to_resume(
     args: argparse.Namespace, paths: RunPaths, said: list[str]
 ) -> TrainState | None:
     """The checkpoint to go on from, or None for a start at step 0."""
-    used = [p for p in (paths.last, paths.model, paths.metrics, paths.run_json) if p.exists()]
+    run = f"--random {args.random} --task {paths.task} --name {args.name}"
+    resumable = next((p for p in (paths.last, paths.previous) if p.exists()), None)
+    left = None if resumable else _left_behind(paths)
+    if left is not None:
+        raise UserError(
+            f"there is {left} of an earlier run of {run} already, and no checkpoint to go on "
+            f"from; it would be overwritten: choose another --name"
+        )
     if not args.resume:
-        if used:
+        begun = resumable or next((p for p in (paths.metrics, paths.run_json) if p.exists()), None)
+        if begun is not None:
             raise UserError(
-                f"there is a run of --random {args.random} --task {paths.task} --name {args.name} "
-                f"already ({used[0]}); "
-                f"go on with it by adding --resume, or choose another --name"
+                f"there is a run of {run} already ({begun}); go on with it by adding --resume, or "
+                f"choose another --name"
             )
         return None
     remove_stale_temporaries(paths.last)
-    if not paths.last.exists() and not paths.previous.exists():
+    if resumable is None:
         said.append(f"there is no checkpoint {paths.last}: --resume starts at step 0")
         return None
     state = load_last_checkpoint(paths.last, said.append)
@@ -233,6 +240,21 @@ def _state_to_resume(
             f"give more or leave it out"
         )
     return state
+
+
+def _left_behind(paths: RunPaths) -> Path | None:
+    """Something of an earlier run, ours or the original's, that a start at step 0 would spoil.
+
+    A run of ours writes metrics.jsonl before any other file but its log, and a checkpoint before
+    its first step: without a step in it, it is a run that never began.
+    """
+    kept = [paths.model, paths.masks]
+    if paths.metrics.exists():
+        if '"event": "train"' in paths.metrics.read_text(encoding="utf-8", errors="replace"):
+            kept.append(paths.metrics)
+    else:
+        kept += [paths.run_json, *paths.tensorboard.glob("events.out.tfevents.*")]
+    return next((path for path in kept if path.exists()), None)
 
 
 def _resume_command(command: str) -> str:

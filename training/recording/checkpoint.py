@@ -24,6 +24,8 @@ _MODEL_KEYS = frozenset(
 )
 
 
+# How torch's old format begins: its magic number, pickled.
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _PLAIN_TYPES = (str, int, float, bool, type(None), torch.Tensor, torch.nn.Parameter)
 
 
@@ -171,11 +173,17 @@ def check_fits(path: str | Path, state: TrainState, expected: dict[str, torch.Te
 def _load_verified(path: Path) -> Any:
     try:
         with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
+            head = file.read(len(_LEGACY))
+            is_zip = head.startswith(b"PK\x03\x04")
             file.seek(0)
             try:
                 verify_checksums(file)
             except Exception as error:  # a damaged zip can raise almost anything
+                if head == _LEGACY:
+                    raise CheckpointError(
+                        f"{path} is a torch file of the old format (before torch 1.6), which has "
+                        f"no checksums: load it with torch and save it again"
+                    ) from error
                 if not is_zip and not zipfile.is_zipfile(file):
                     raise CheckpointError(
                         f"{path} is not a checkpoint: not a torch file"

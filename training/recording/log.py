@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import math
 import os
 import sys
 import threading
@@ -68,17 +69,18 @@ class RunLog(NullLog):
     """All sinks of one run.
 
     Args:
-        log_path: text log, appended to.
+        log_path: text log, appended to; None: console alone.
         metrics_path, tensorboard_dir: None in evaluation, which leaves those of the training run
         alone.
         total_steps: of the progress bar, shown on a terminal only; 0: no bar.
         resume_step, resume_position: completed steps of the checkpoint a run goes on from, and
-        what `sync` returned for it; what was recorded beyond them is dropped.
+        what `sync` returned for it; what was recorded beyond them is dropped. -1 and None: a run
+        that never began, whose curves are left alone.
     """
 
     def __init__(
         self,
-        log_path: Path,
+        log_path: Path | None,
         *,
         metrics_path: Path | None = None,
         tensorboard_dir: Path | None = None,
@@ -86,9 +88,12 @@ class RunLog(NullLog):
         resume_step: int | None = None,
         resume_position: dict[str, int] | None = None,
     ) -> None:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = open(log_path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._log: TextIO | None = None
+        if log_path is not None:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = open(log_path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if metrics_path is not None:
+            assert self._log is not None
             try:
                 fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -103,8 +108,8 @@ class RunLog(NullLog):
         self._tensorboard = None
         if tensorboard_dir is not None:
             purge = None
-            if resume_step is not None:
-                drop_curves_beyond(tensorboard_dir, resume_position or {})
+            if resume_step is not None and resume_position is not None:
+                drop_curves_beyond(tensorboard_dir, resume_position)
                 purge = resume_step + 1  # for a tensorboard that has read what was dropped
             self._tensorboard = import_tensorboard().SummaryWriter(
                 str(tensorboard_dir), purge_step=purge
@@ -130,12 +135,13 @@ class RunLog(NullLog):
         self.note(text)
 
     def note(self, text: str) -> None:
-        self._log.write(text + "\n")
-        self._log.flush()
+        if self._log is not None:
+            self._log.write(text + "\n")
+            self._log.flush()
 
     def event(self, event: str, **values: Any) -> None:
         if self._metrics is not None:
-            self._metrics.write(json.dumps({"event": event, **values}) + "\n")
+            self._metrics.write(json.dumps(_finite({"event": event, **values})) + "\n")
             self._metrics.flush()
 
     def scalars(self, step: int, values: dict[str, float | None]) -> None:
@@ -242,4 +248,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(_finite(value), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for what is no number: NaN and Infinity are no JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

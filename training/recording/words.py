@@ -14,6 +14,7 @@ import kernels
 from sparsity.criteria import Decision
 from training import memory
 from training.evaluation import Evaluation
+from training.recording.checkpoint import TrainState
 from training.recording.figures import draw_run, draw_transition
 from training.recording.provenance import begin_session, device_name, record, resolved_settings
 from training.run import Run, StepResult
@@ -275,12 +276,13 @@ def test_done(log, result: Evaluation, seconds: float, phase: str) -> None:
     log.line(f"examples: {result.num_examples}, attention: {phase}")
 
 
-def run_finished(run: Run, result: Evaluation) -> None:
-    """The last event, the result in run.json, the picture of the run."""
+def run_finished(run: Run, result: Evaluation, tested: TrainState) -> None:
+    """The last event, the result in run.json, the picture of the run. What is reported is the
+    checkpoint that was tested, whatever the run did after it."""
     run.log.event(
         "end",
         step=run.step,
-        phase=run.phase,
+        phase=tested.phase,
         loss=result.loss,
         accuracy=result.accuracy,
         seconds=run.seconds,
@@ -292,9 +294,9 @@ def run_finished(run: Run, result: Evaluation) -> None:
             "test_accuracy": result.accuracy,
             "test_loss": result.loss,
             "num_test_examples": result.num_examples,
-            "attention": run.phase,
-            "best_dev_accuracy": run.best_accuracy,
-            "best_step": run.best_step,
+            "attention": tested.phase,
+            "best_dev_accuracy": tested.best_accuracy,
+            "best_step": tested.step,
             "steps": run.step,
             "transition_step": run.transition_step,
             "seconds": run.seconds,

@@ -24,7 +24,6 @@ contender's loss must agree with a restatement (`check`).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -181,26 +180,23 @@ class Ours:
 
     def __init__(self, run, name: str, pattern: str) -> None:
         from sparsity import select_blocks
+        from sparsity.observe import Observation
         from training import loop
 
         self.run, self.loop = run, loop
         if name != "c":
-            masks = select_blocks(
-                pattern,
-                pattern_scores=run.model.pattern_scores(),
-                density=run.config.model.density,
-                seed=0,
-            )
+            observation = Observation(run.model.pattern_scores())
+            masks = select_blocks(pattern, observation, run.config.model.density)
             run.model.enter_sparse_phase(masks)
             run.phase = "sparse"
             run.optimizer = run.new_optimizer()
 
     def step(self) -> None:
-        self.loop.train_step(self.run)
+        self.result = self.loop.train_step(self.run)
 
     def criterion(self) -> None:
         if self.run.phase == "dense":
-            self.loop.decide(self.run)
+            self.loop.decide(self.run, self.result)
 
 
 def make_contender(name: str, arguments: argparse.Namespace):
@@ -209,7 +205,6 @@ def make_contender(name: str, arguments: argparse.Namespace):
 
     from config import Config
     from models import build_model
-    from sparsity.criteria import TransitionCriterion
     from training.commands.dry_run import made_up_data
     from training.distributed import World
     from training.interrupt import StopSignal
@@ -217,10 +212,8 @@ def make_contender(name: str, arguments: argparse.Namespace):
     from training.run import Run, RunOptions
     from training.settings import build_config
 
-    config, _ = build_config(arguments.task, Config[arguments.task])
-    config = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, batch_size=arguments.batch)
-    )
+    flags = {"training.batch_size": arguments.batch, "training.skewness": 1e9}
+    config, _ = build_config(arguments.task, Config[arguments.task], flags=flags)
     device = torch.device(arguments.device)
     torch.manual_seed(0)
     run = Run(
@@ -237,7 +230,6 @@ def make_contender(name: str, arguments: argparse.Namespace):
         train_data=made_up_data(config),
         dev_data=made_up_data(config),
         stop=StopSignal(),
-        criterion=TransitionCriterion(1e9, 1.0),
     )
     return Plain(run, name) if name in ("a", "b", "b16") else Ours(run, name, arguments.pattern)
 

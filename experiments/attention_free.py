@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import Aliases, Config
 from kernels import AttentionStatistics
 from models import ModelConfig, build_model
+from sparsity.observe import Observation
 from sparsity.pattern_loss import pattern_loss
 from sparsity.patterns import select_blocks
 from training.optim import PhaseOptimizer
@@ -65,7 +66,7 @@ def drift(patterns: list[nn.Parameter], config: TaskConfig, steps: int) -> None:
     uniform."""
     size = config.model.num_blocks
     uniform = torch.full((size, size), 1 / config.model.padded_length)
-    statistics = AttentionStatistics(None, uniform, uniform.double().square().mean())
+    statistics = AttentionStatistics(None, uniform, uniform.double().square().mean(), uniform)
     optimizer = PhaseOptimizer(patterns, config.training, "dense")
     for _ in range(steps):
         optimizer.zero_grad()
@@ -81,7 +82,7 @@ def drift(patterns: list[nn.Parameter], config: TaskConfig, steps: int) -> None:
 def kept_blocks(patterns: list[Tensor], density: float) -> Tensor:
     """bool [L, nb, nb], the reference's choice."""
     scores = torch.stack([p.detach().double() @ p.detach().double().T for p in patterns])
-    return select_blocks("learned", pattern_scores=scores, density=density)
+    return select_blocks("learned", Observation(scores), density)
 
 
 def compare(checkpoint: Path, task: str, seed: int, steps: int) -> list[dict[str, float]]:

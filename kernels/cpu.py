@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels import native
 from kernels.layout import BlockLayout
 from kernels.operators import empty_like, empty_outputs, pad_head_dim, register_attention
-from kernels.statistics import AttentionStatistics
+from kernels.statistics import AttentionStatistics, real_row_weights
 
 name = "cpu"
 
@@ -82,13 +82,16 @@ def attention_statistics(
     if full and mean_out is None:
         mean_out, mean_weight = query.new_zeros(groups, N, N, dtype=torch.float32), 1.0
     query, key = pad_head_dim(_padded(d), query, key)
-    pooled_sum, square_sum = torch.ops.sat.attention_statistics(
-        query, key, key_padding_mask, block_size, scale, groups, mean_out, mean_weight
+    weights = None if key_padding_mask is None else real_row_weights(key_padding_mask)
+    pooled_sum, square_sum, real_sum = torch.ops.sat.attention_statistics(
+        query, key, key_padding_mask, weights, block_size, scale, groups, mean_out, mean_weight
     )
+    pooled_mean = (pooled_sum.sum(0) / (B * H)).float()
     return AttentionStatistics(
         mean_attention=mean_out,
-        pooled_mean=(pooled_sum.sum(0) / (B * H)).float(),
+        pooled_mean=pooled_mean,
         pooled_square_mean=square_sum.sum() / (B * H * (N // block_size) ** 2),
+        pooled_real=pooled_mean if weights is None else (real_sum.sum(0) / (B * H)).float(),
     )
 
 
@@ -138,8 +141,10 @@ def _backward(
     return dquery, dkey, dvalue
 
 
-def _statistics(query, key, key_padding_mask, block_size, scale, groups, mean, mean_weight):
-    pooled_sum, square_sum = _empty_pooled(query, block_size, groups)
+def _statistics(
+    query, key, key_padding_mask, weights, block_size, scale, groups, mean, mean_weight
+):
+    pooled_sum, square_sum, real_sum = _empty_pooled(query, block_size, groups)
     mask, (B, _, N, _) = _contiguous(key_padding_mask), query.shape
     nb = N // block_size
     struct = _SatStatistics(
@@ -149,6 +154,8 @@ def _statistics(query, key, key_padding_mask, block_size, scale, groups, mean, m
         mean=_at(mean, torch.float32, groups, N, N),
         pooled_sum=_at(pooled_sum, torch.float64, groups, nb, nb),
         square_sum=_at(square_sum, torch.float64, groups, nb),
+        row_weights=_at(weights, torch.float32, B, N),
+        real_sum=_at(real_sum.zero_(), torch.float64, groups, nb, nb),
         bs=block_size,
         groups=groups,
         type=TYPES[query.dtype],
@@ -159,27 +166,30 @@ def _statistics(query, key, key_padding_mask, block_size, scale, groups, mean, m
     struct.B, struct.H, struct.N, struct.d = query.shape
     status = native.load().sat_attention_statistics(ctypes.byref(struct))
     native.check(status, "sat_attention_statistics")
-    return pooled_sum, square_sum
+    return pooled_sum, square_sum, real_sum
 
 
-def _empty_pooled(query: Tensor, block_size: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Sums over the heads of each group: block means [groups, nb, nb], squares [groups, nb]."""
+def _empty_pooled(query: Tensor, block_size: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the heads of each group: block means [groups, nb, nb], squares [groups, nb], block
+    means of weighted rows [groups, nb, nb]."""
     nb = query.shape[2] // block_size
     pooled_sum = query.new_empty(groups, nb, nb, dtype=torch.float64)
-    return pooled_sum, query.new_empty(groups, nb, dtype=torch.float64)
+    square_sum = query.new_empty(groups, nb, dtype=torch.float64)
+    return pooled_sum, square_sum, torch.empty_like(pooled_sum)
 
 
 _library = torch.library.Library("sat", "FRAGMENT")
 _attention_operator = register_attention(_library, _forward, _backward, "CPU")
 _library.define(
-    "attention_statistics(Tensor query, Tensor key, Tensor? key_padding_mask, int block_size, "
-    "float scale, int groups, Tensor(a!)? mean, float mean_weight) "
-    "-> (Tensor pooled_sum, Tensor square_sum)"
+    "attention_statistics(Tensor query, Tensor key, Tensor? key_padding_mask, "
+    "Tensor? row_weights, int block_size, float scale, int groups, Tensor(a!)? mean, "
+    "float mean_weight) "
+    "-> (Tensor pooled_sum, Tensor square_sum, Tensor real_sum)"
 )
 _library.impl("attention_statistics", _statistics, "CPU")
 torch.library.register_fake(
     "sat::attention_statistics",
-    lambda query, key, mask, bs, scale, groups, *rest: _empty_pooled(query, bs, groups),
+    lambda query, key, mask, weights, bs, scale, groups, *rest: _empty_pooled(query, bs, groups),
 )
 
 
@@ -214,7 +224,10 @@ class _SatStatistics(ctypes.Structure):
     _fields_ = [
         ("query", _SatTensor),
         ("key", _SatTensor),
-        *((pointer, ctypes.c_void_p) for pointer in ("real", "mean", "pooled_sum", "square_sum")),
+        *(
+            (pointer, ctypes.c_void_p)
+            for pointer in ("real", "mean", "pooled_sum", "square_sum", "row_weights", "real_sum")
+        ),
         *((size, ctypes.c_int64) for size in ("B", "H", "N", "d", "bs", "groups")),
         ("type", ctypes.c_int64),
         ("threads", ctypes.c_int64),

@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels import flex, native, reference
 from kernels.layout import BlockLayout
 from kernels.operators import empty_like, empty_outputs, pad_head_dim, register_attention
-from kernels.statistics import AttentionStatistics
+from kernels.statistics import AttentionStatistics, real_row_weights
 
 log = logging.getLogger("sat.kernels")
 
@@ -116,11 +116,25 @@ def attention_statistics(
     nb, parts = N // block_size, block_size // GRANULE
     pooled = pieces.view(B, H, nb, parts, nb, parts).sum((3, 5), dtype=torch.float64)
     pooled /= block_size**2
+    pooled_mean = pooled.mean((0, 1)).float()
     return AttentionStatistics(
         mean_attention=mean_out,
-        pooled_mean=pooled.mean((0, 1)).float(),
+        pooled_mean=pooled_mean,
         pooled_square_mean=pooled.square().mean(),
+        pooled_real=pooled_mean
+        if key_padding_mask is None
+        else _of_real(pieces, key_padding_mask, parts),
     )
+
+
+def _of_real(pieces: Tensor, key_padding_mask: Tensor, parts: int) -> Tensor:
+    """pooled_real, to 16 rows: where an example ends within a piece, its padded rows count as
+    the real ones beside them do."""
+    B, H, pieces_a_row, _ = pieces.shape
+    weights = real_row_weights(key_padding_mask).view(B, 1, pieces_a_row, 1, GRANULE).mean(-1)
+    nb = pieces_a_row // parts
+    pooled = (pieces * weights).view(B, H, nb, parts, nb, parts).sum((3, 5), dtype=torch.float64)
+    return (pooled.mean((0, 1)) / (parts * GRANULE) ** 2).float()
 
 
 @torch.compiler.assume_constant_result

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2  # SAT_ABI in csrc/cpu/abi.h
+ABI = 3  # SAT_ABI in csrc/cpu/abi.h
 LIBRARY = Path(__file__).resolve().parent / "libsat_cpu.so"
 SOURCES = LIBRARY.parent / "csrc" / "cpu"
 STATUS = {1: "no memory for scratch space", 2: "a shape or dtype it does not support"}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.layout import BlockLayout
-from kernels.statistics import AttentionStatistics
+from kernels.statistics import AttentionStatistics, real_row_weights
 
 name = "reference"
 
@@ -78,6 +78,8 @@ def attention_statistics(
         mean_out, mean_weight = query.new_zeros(groups, N, N, dtype=torch.float32), 1.0
     pooled_sum = query.new_zeros(nb, nb, dtype=torch.float64)
     square_sum = query.new_zeros(nb, dtype=torch.float64)
+    weights = None if key_padding_mask is None else real_row_weights(key_padding_mask)
+    real_sum = torch.zeros_like(pooled_sum)
     # One chunk of rows of one head at a time, in buffers that are reused: fresh memory of this
     # size comes from the operating system page by page.
     rows = _rows_at_once(query, bs)
@@ -100,14 +102,21 @@ def attention_statistics(
                     pooled = probs.view(-1, bs, N).sum(1).view(-1, nb, bs).sum(-1).double() / bs**2
                     pooled_sum[blocks] += pooled
                     square_sum[blocks] += pooled.square().sum(1)
+                    if weights is not None:
+                        rows_of_blocks = probs.view(-1, bs, nb, bs).sum(-1)
+                        weight = weights[b, chunk].to(probs.dtype).view(-1, 1, bs)
+                        of_real = torch.matmul(weight, rows_of_blocks).squeeze(1)
+                        real_sum[blocks] += of_real.double() / bs**2
                     if mean_out is not None:
                         total += probs
             if mean_out is not None:
                 mean_out[group, chunk].add_(total, alpha=mean_weight / (group_size * H))
+    pooled_mean = (pooled_sum / (B * H)).float()
     return AttentionStatistics(
         mean_attention=mean_out,
-        pooled_mean=(pooled_sum / (B * H)).float(),
+        pooled_mean=pooled_mean,
         pooled_square_mean=square_sum.sum() / (B * H * nb * nb),
+        pooled_real=pooled_mean if weights is None else (real_sum / (B * H)).float(),
     )
 
 

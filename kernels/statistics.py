@@ -28,6 +28,9 @@ class AttentionStatistics:
     mean_attention: Tensor | None  # [groups, N, N] fp32, over heads and each part of the batch
     pooled_mean: Tensor  # [nb, nb] fp32, over batch and heads of the block means of p
     pooled_square_mean: Tensor  # fp64 scalar, over [B, H, nb, nb] of the squared block means
+    # [nb, nb] fp32, as pooled_mean but of the queries that are not padded: an example with n real
+    # tokens counts N / n times, so that all weigh the same; pooled_mean itself without padding
+    pooled_real: Tensor
 
 
 @torch.no_grad()
@@ -50,7 +53,7 @@ def attention_statistics(
         query, key: [B, H, N, d] as in `dense_attention`.
         block_size: side of the pooled blocks in tokens; divides N.
         key_padding_mask: bool [B, N], True = real token; p is 0 at padded keys. Padded queries
-            count like all others.
+            count like all others, but not in pooled_real.
         scale: factor on the scores; None means 1 / sqrt(d).
         groups: number of equal consecutive parts of the batch that get a mean each; divides B.
         full: False leaves mean_attention out (None), and with it the N * N memory.
@@ -81,6 +84,17 @@ def attention_statistics(
         return module.attention_statistics(
             query, key, block_size, key_padding_mask, scale, groups, full, mean_out, mean_weight
         )
+
+
+def real_row_weights(key_padding_mask: Tensor) -> Tensor:
+    """What a query row counts in pooled_real: N / n for a real one of n, 0 for a padded one.
+
+    Args:
+        key_padding_mask: bool [B, N], True = real token.
+    Returns: [B, N] fp32.
+    """
+    real = key_padding_mask.float()
+    return real * (real.shape[1] / real.sum(1, keepdim=True).clamp(min=1))
 
 
 def _check_mean_out(mean_out: Tensor, shape: list[int], query: Tensor, full: bool) -> None:

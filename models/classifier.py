@@ -22,12 +22,14 @@ DENSE_STATISTICS = StatisticsRequest()
 class ModelOutput:
     """logits [B, num_classes] fp32; statistics of each layer's attention (dense phase only, else
     None); with two inputs `statistics` is that of document 0 and `statistics_1` holds the pooled
-    statistics of document 1.
+    statistics of document 1. real_keys: bool [B, N] of each document, which keys attention looks
+    at; empty where it looks at all.
     """
 
     logits: Tensor
     statistics: list[AttentionStatistics] | None = None
     statistics_1: list[AttentionStatistics] | None = None
+    real_keys: tuple[Tensor, ...] = ()
 
 
 class SequenceClassifier(nn.Module):
@@ -70,13 +72,16 @@ class SequenceClassifier(nn.Module):
                 raise ValueError(
                     f"sequences must have length {config.padded_length}, not {given.shape[-1]}"
                 )
-        pooled, collected = self.model(ids, dropout_key, statistics, 0)
+        pooled, collected, real = self.model(ids, dropout_key, statistics, 0)
         if ids_1 is None:
-            return ModelOutput(self.seq_classifer(pooled), collected)
+            of_one = () if real is None else (real,)
+            return ModelOutput(self.seq_classifer(pooled), collected, None, of_one)
         second_site = 1 + SITES_PER_LAYER * config.num_layers
         pooled_only = statistics.pooled_only() if statistics is not None else None
-        pooled_1, collected_1 = self.model(ids_1, dropout_key, pooled_only, second_site)
-        return ModelOutput(self.seq_classifer(pooled, pooled_1), collected, collected_1)
+        pooled_1, collected_1, real_1 = self.model(ids_1, dropout_key, pooled_only, second_site)
+        logits = self.seq_classifer(pooled, pooled_1)
+        real_keys = () if real is None or real_1 is None else (real, real_1)
+        return ModelOutput(logits, collected, collected_1, real_keys)
 
     @property
     def patterns(self) -> list[nn.Parameter]:

@@ -112,7 +112,7 @@ def checked_fields(cls: type, section: str, values: Mapping[str, Any]) -> dict[s
     import difflib
 
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    checked = {}
+    checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
@@ -121,6 +121,11 @@ def checked_fields(cls: type, section: str, values: Mapping[str, Any]) -> dict[s
             )
             raise ValueError(f"{section}.{key} is not a field; {hint}")
         wanted = str(fields[key].type)
+        if wanted.endswith(" | None"):
+            if value is None:
+                checked[key] = value
+                continue
+            wanted = wanted.removesuffix(" | None")
         if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value).__name__ != wanted:

@@ -75,9 +75,9 @@ class Encoder(nn.Module):
         dropout_key: DropoutKey | None,
         request: StatisticsRequest | None,
         first_site: int,
-    ) -> tuple[Tensor, list[AttentionStatistics] | None]:
+    ) -> tuple[Tensor, list[AttentionStatistics] | None, Tensor | None]:
         """ids int64 [B, N] -> [B, transformer_dim], statistics of each layer if dense and asked
-        for."""
+        for, and which keys are real, bool [B, N], if not all count as such."""
         config = self.config
         if config.pooling_mode == "CLS":
             start = ids.new_full((ids.shape[0], 1), config.vocab_size - 1)
@@ -126,4 +126,4 @@ class Encoder(nn.Module):
             pooled = normed[:, 0] * token_mask[:, :1]
         else:
             pooled = kernels.masked_mean(normed, token_mask, backend=self.backend)
-        return pooled, collected or None
+        return pooled, collected or None, key_padding_mask

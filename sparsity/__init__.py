@@ -1,5 +1,30 @@
-"""The method: what is observed, when to switch, which blocks to keep."""
+"""The method: what is observed, when to switch, which blocks to keep, the order of phases.
 
-from sparsity.patterns import PATTERNS, select_blocks
+Knows tensors, no model and no run. Importing it loads no torch, so that --help can ask the
+registries.
+"""
 
-__all__ = ["PATTERNS", "select_blocks"]
+from sparsity.criteria import CRITERIA, Criterion, Verdict
+from sparsity.patterns import PATTERNS, Pattern, select_blocks
+
+__all__ = [
+    "CRITERIA",
+    "PATTERNS",
+    "Criterion",
+    "Pattern",
+    "Verdict",
+    "agreement",
+    "best_mass",
+    "capture",
+    "chance_mass",
+    "kept_mass",
+    "select_blocks",
+]
+
+
+def __getattr__(name: str):  # what needs torch
+    if name in __all__:
+        from sparsity import observe
+
+        return getattr(observe, name)
+    raise AttributeError(f"module 'sparsity' has no attribute {name!r}")

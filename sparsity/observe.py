@@ -1,12 +1,29 @@
-"""Numbers computed from attention. Pure functions of tensors; every sum is taken in float64."""
+"""Numbers computed from attention, and what of them is remembered from step to step.
+
+Functions of tensors; every sum is taken in float64. L layers, N padded length, nb blocks a row.
+`pooled` [L, nb, nb] is the mean attention of blocks over the real query rows of the whole batch.
+Formulas and sources: docs/method.md, "Observations"; docs/semantics.md, "Transition criterion".
+"""
 
 from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # elements converted to float64 at a time: bounds the extra memory at a few MB without costing time
 CHUNK = 1 << 20
+WINDOW = 20  # dense steps that are smoothed over, and that a choice is compared across
+
+Values = dict[str, list[float | None]]
+
+
+# ---- the whole matrix --------------------------------------------------------------
 
 
 def skewness(values: Tensor) -> Tensor:
@@ -43,3 +60,172 @@ def frobenius_distance(values: Tensor, previous: Tensor) -> Tensor:
         difference = part.double() - old.double()
         total += torch.dot(difference, difference)
     return total.sqrt()
+
+
+# ---- attention in blocks -----------------------------------------------------------
+
+
+def uniform_attention(real_keys: Tensor, block_size: int) -> Tensor:
+    """What `pooled` would be were attention uniform over real keys.
+
+    Args:
+        real_keys: bool [B, N], True = real token.
+    Returns: float64 [nb, nb]; a block row without a real token is zero.
+    """
+    real = real_keys.double()
+    length = real.shape[1]
+    blocks = real.view(len(real), length // block_size, block_size).sum(2)
+    count = real.sum(1).clamp(min=1)[:, None]
+    # of B examples that weigh the same: real rows a block, and of each the share of real keys
+    rows, keys = blocks * (length / count), blocks / count
+    return rows.T @ keys / (len(real) * block_size**2)
+
+
+def kept_mass(pooled: Tensor, masks: Tensor) -> Tensor:
+    """Share of the attention that lies in the kept blocks.
+
+    Args:
+        pooled: [L, nb, nb], not negative; masks: bool [L, nb, nb], True = kept.
+    Returns: float64 [L] in 0..1; NaN for a layer without attention.
+    """
+    weights = pooled.double()
+    return (weights * masks).sum((1, 2)) / weights.sum((1, 2))
+
+
+def row_mass(pooled: Tensor, masks: Tensor) -> Tensor:
+    """`kept_mass` of each row of blocks, float64 [L, nb]: 0 for a row without a kept block, NaN
+    for one without attention (padding in every example)."""
+    weights = pooled.double()
+    return (weights * masks).sum(2) / weights.sum(2)
+
+
+def best_mass(pooled: Tensor, num_blocks: int | Tensor) -> Tensor:
+    """The share of the attention in its `num_blocks` (one number, or one a layer) largest blocks:
+    the most that a static mask shared by heads and examples can keep.
+
+    Returns: float64 [L].
+    """
+    flat = pooled.double().flatten(1)
+    running = flat.sort(1, descending=True).values.cumsum(1)
+    count = torch.as_tensor(num_blocks, device=flat.device).expand(len(flat))
+    best = running.gather(1, (count.clamp(min=1) - 1)[:, None])[:, 0]
+    return torch.where(count > 0, best, 0.0) / flat.sum(1)
+
+
+def chance_mass(masks: Tensor, real_keys: Tensor | None = None) -> Tensor:
+    """`kept_mass` of attention that is uniform over real keys.
+
+    Args:
+        masks: bool [L, nb, nb].
+        real_keys: bool [B, N], True = real token; or what `uniform_attention` gave for them,
+            [nb, nb]; None: all real, which gives each mask's density.
+    Returns: float64 [L].
+    """
+    if real_keys is None:
+        return masks.double().mean((1, 2))
+    if real_keys.dtype == torch.bool:
+        real_keys = uniform_attention(real_keys, real_keys.shape[1] // masks.shape[1])
+    return kept_mass(real_keys.expand(masks.shape), masks)
+
+
+def agreement(masks: Tensor, before: Tensor) -> Tensor:
+    """Intersection over union of two choices of each layer, float64 [L]; d / (2 - d) is what
+    chance gives at density d, NaN if both are empty."""
+    both, either = (masks & before).flatten(1).sum(1), (masks | before).flatten(1).sum(1)
+    return both.double() / either
+
+
+def capture(pooled: Tensor, before: Tensor) -> Tensor:
+    """Attention that an earlier choice holds now, over the most that as many blocks can hold;
+    float64 [L], near 1 while attention is uniform."""
+    return kept_mass(pooled, before) / best_mass(pooled, before.flatten(1).sum(1))
+
+
+def describe_masks(pooled: Tensor, masks: Tensor, uniform: Tensor | None) -> Values:
+    """How much attention masks keep, against chance and the best: lists of L."""
+    kept, best = kept_mass(pooled, masks), best_mass(pooled, masks.flatten(1).sum(1))
+    chance, rows = chance_mass(masks, uniform), row_mass(pooled, masks)
+    return {
+        "kept_mass": numbers(kept),
+        "kept_mass_row_min": numbers(rows.nan_to_num(math.inf).amin(1)),
+        "kept_mass_row_p10": numbers(rows.nanquantile(0.1, dim=1)),
+        "best_mass": numbers(best),
+        "chance_mass": numbers(chance),
+        "lift": numbers(kept / chance),
+    }
+
+
+def numbers(values: Tensor) -> list[float | None]:
+    """As a list, with None for what is undefined."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+# ---- from step to step -------------------------------------------------------------
+
+
+@dataclass
+class Observation:
+    """What patterns and criteria may look at after a dense step."""
+
+    pattern_scores: Tensor  # [L, nb, nb] float64 on the CPU, pattern @ pattern.T
+    pooled: Tensor | None = None  # [L, nb, nb], of this step's whole batch
+    mean_attention: Tensor | None = None  # [L, groups, N, N] fp32, only where it is asked for
+    smoothed: Tensor | None = None  # [L, nb, nb], mean of pooled over the last WINDOW dense steps
+    uniform: Tensor | None = None  # [nb, nb], see uniform_attention; None: nothing is padded
+    initial_scores: Tensor | None = None  # pattern_scores before the first step
+    given: Tensor | None = None  # bool [L, nb, nb], masks of the user
+    step: int = 0  # completed steps
+    values: Values = field(default_factory=dict)  # lists of L, by their names in metrics.jsonl
+
+
+class Observer:
+    """Remembers pooled attention and the pattern's choices over the last WINDOW dense steps.
+
+    Args:
+        choose: the masks that the run's pattern would choose now, bool [L, nb, nb].
+        moves: whether that choice can change.
+    """
+
+    def __init__(self, choose: Callable[[Observation], Tensor], moves: bool) -> None:
+        self._choose = choose
+        self._moves = moves
+        self._pooled: deque[Tensor] = deque(maxlen=WINDOW)  # fp32
+        self._masks: deque[Tensor] = deque(maxlen=WINDOW)  # of the steps before this one
+
+    @property
+    def smoothed(self) -> Tensor | None:
+        """Mean of the pooled attention over the last WINDOW dense steps, float64 [L, nb, nb]."""
+        if not self._pooled:
+            return None
+        total = torch.zeros_like(self._pooled[0], dtype=torch.float64)
+        for pooled in self._pooled:
+            total += pooled
+        return total / len(self._pooled)
+
+    def observe(self, observation: Observation) -> None:
+        """Fills in `smoothed` and `values`, once a dense step."""
+        assert observation.pooled is not None
+        self._pooled.append(observation.pooled.float())
+        smoothed = observation.smoothed = self.smoothed
+        assert smoothed is not None
+        masks = self._masks[-1] if self._masks and not self._moves else self._choose(observation)
+        values = describe_masks(smoothed, masks, observation.uniform)
+        undefined: list[float | None] = [None] * len(masks)
+        values |= {"agreement": undefined, "agreement_1": undefined, "capture": undefined}
+        if self._masks:
+            values["agreement_1"] = numbers(agreement(masks, self._masks[-1]))
+        if len(self._masks) == WINDOW:
+            values["agreement"] = numbers(agreement(masks, self._masks[0]))
+            values["capture"] = numbers(capture(smoothed, self._masks[0]))
+        self._masks.append(masks)
+        observation.values = values
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if it had never stopped."""
+        return {"pooled": list(self._pooled), "masks": list(self._masks)}
+
+    def load_state_dict(self, state: dict[str, Any], same_pattern: bool = True) -> None:
+        """Inverse of `state_dict`. The choices of another pattern are left behind."""
+        self._pooled.extend(state["pooled"])
+        if same_pattern:
+            self._masks.extend(state["masks"])

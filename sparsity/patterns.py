@@ -1,81 +1,173 @@
-"""Scores to block masks: which blocks stay when training turns sparse."""
+"""Which blocks stay when training turns sparse.
+
+A pattern is one entry of PATTERNS, from which options, log, figures and tests take it. All but
+those with a count of their own keep floor(density * nb^2) blocks a layer, so that they compare.
+Torch is imported where it is needed: --help reads this file.
+
+L layers, nb blocks a row. Formulas and sources: docs/method.md, "Patterns".
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def _learned(pattern_scores: Tensor, num_active: int, seed: int) -> Tensor:
-    """The largest scores of each layer; ties go to the lowest flat index."""
-    num_layers, num_blocks, _ = pattern_scores.shape
-    flat = pattern_scores.detach().cpu().double().reshape(num_layers, -1)
+@dataclass(frozen=True)
+class Pattern:
+    """A way to choose blocks.
+
+    choose: (observation, count, seed) -> bool [L, nb, nb] on the CPU with `count` blocks a layer.
+    description: a few words for --help and the log.
+    needs: "attention", it looks at the attention; "training", at scores that the dense phase
+        trains; None, at neither: its choice never changes and needs no dense phase.
+    own_count: keeps as many blocks as it likes, whatever the density.
+    """
+
+    choose: Callable[[Any, int, int], Tensor]
+    description: str
+    needs: str | None = None
+    own_count: bool = False
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest entries of each layer's [nb, nb]; ties go to the lowest flat index."""
+    import torch
+
+    flat = scores.detach().cpu().double().flatten(1)
     order = torch.argsort(flat, dim=1, descending=True, stable=True)
     mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask.scatter_(1, order[:, :num_active], True)
-    return mask.reshape(num_layers, num_blocks, num_blocks)
+    return mask.scatter_(1, order[:, :count], True).view(scores.shape)
 
 
-def _random(pattern_scores: Tensor, num_active: int, seed: int) -> Tensor:
+def _learned(observation: Any, count: int, seed: int) -> Tensor:
+    return largest(observation.pattern_scores, count)
+
+
+def _untrained(observation: Any, count: int, seed: int) -> Tensor:
+    return largest(observation.initial_scores, count)
+
+
+def _random(observation: Any, count: int, seed: int) -> Tensor:
     """Uniformly drawn blocks, each layer its own."""
-    num_layers, num_blocks, _ = pattern_scores.shape
+    import torch
+
+    num_layers, num_blocks, _ = observation.pattern_scores.shape
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(num_layers, num_blocks * num_blocks, dtype=torch.bool)
     for layer in range(num_layers):
-        mask[layer, torch.randperm(num_blocks**2, generator=generator)[:num_active]] = True
+        mask[layer, torch.randperm(num_blocks**2, generator=generator)[:count]] = True
     return mask.reshape(num_layers, num_blocks, num_blocks)
 
 
-def _band(pattern_scores: Tensor, num_active: int, seed: int) -> Tensor:
+def _random_rows(observation: Any, count: int, seed: int) -> Tensor:
+    """As mass_rows, of random numbers."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    shape = observation.pattern_scores.shape
+    return _by_rows(torch.rand(shape, generator=generator, dtype=torch.float64), count)
+
+
+def _band(observation: Any, count: int, seed: int) -> Tensor:
     """Blocks nearest to the diagonal, from the first row on where the last diagonal is not
     full."""
-    num_layers, num_blocks, _ = pattern_scores.shape
+    import torch
+
+    num_layers, num_blocks, _ = observation.pattern_scores.shape
     index = torch.arange(num_blocks)
     offset = index[None, :] - index[:, None]
-    # distance first, the lower diagonal before the upper one, then the row
-    rank = (offset.abs() * 2 + (offset > 0)).reshape(-1)
-    order = torch.argsort(rank, stable=True)
-    mask = torch.zeros(num_blocks * num_blocks, dtype=torch.bool)
-    mask[order[:num_active]] = True
-    return mask.reshape(1, num_blocks, num_blocks).repeat(num_layers, 1, 1)
+    # distance first, the lower diagonal before the upper one
+    rank = offset.abs() * 2 + (offset > 0)
+    return largest(-rank.repeat(num_layers, 1, 1), count)
 
 
-PATTERNS = {"learned": _learned, "random": _random, "band": _band}
+def _mass(observation: Any, count: int, seed: int) -> Tensor:
+    return largest(_attention(observation), count)
 
 
-def select_blocks(
-    name: str,
-    *,
-    pattern_scores: Tensor,
-    mean_attention: Tensor | None = None,
-    density: float,
-    seed: int = 0,
-) -> Tensor:
-    """The blocks each layer keeps: floor(density * nb^2) of them, whatever the rule.
+def _mass_rows(observation: Any, count: int, seed: int) -> Tensor:
+    return _by_rows(_attention(observation), count)
+
+
+def _attention(observation: Any) -> Tensor:
+    """Smoothed over steps where it is known, else of this step."""
+    smoothed = getattr(observation, "smoothed", None)
+    return observation.pooled if smoothed is None else smoothed
+
+
+def _by_rows(scores: Tensor, count: int) -> Tensor:
+    """The same number of largest scores in every row, rounded down; the rest by score."""
+    num_blocks = scores.shape[1]
+    share = count // num_blocks
+    rows = largest(scores.reshape(-1, num_blocks), share).view(scores.shape)
+    return rows | largest(
+        scores.detach().cpu().double().masked_fill(rows, -float("inf")), count - share * num_blocks
+    )
+
+
+def _all(observation: Any, count: int, seed: int) -> Tensor:
+    return observation.pattern_scores.detach().cpu() == observation.pattern_scores.detach().cpu()
+
+
+def _given(observation: Any, count: int, seed: int) -> Tensor:
+    return observation.given
+
+
+PATTERNS = {
+    "learned": Pattern(_learned, "the largest learned scores, the reference's", needs="training"),
+    "random": Pattern(_random, "drawn at random"),
+    "band": Pattern(_band, "nearest to the diagonal"),
+    "mass": Pattern(_mass, "those that hold most attention", needs="attention"),
+    "mass_rows": Pattern(
+        _mass_rows, "those that hold most attention, equally many a row", needs="attention"
+    ),
+    "random_rows": Pattern(_random_rows, "drawn at random, equally many a row"),
+    "untrained": Pattern(_untrained, "the largest scores before training"),
+    "all": Pattern(_all, "every block, whatever the density", own_count=True),
+    "given": Pattern(_given, "those of the file --masks", own_count=True),
+}
+
+
+def select_blocks(name: str, observation: Any, density: float, seed: int = 0) -> Tensor:
+    """The blocks each layer keeps.
 
     Args:
-        name: "learned" (largest pattern_scores, the reference's rule; the mask need not be
-            symmetric when the cut divides a tied pair), "random" or "band".
-        pattern_scores: [L, nb, nb], pattern @ pattern.T of each layer; float64 on the CPU decides.
-        mean_attention: [L, groups, N, N] or None; for rules that look at the attention itself
-        (none of the above). density: kept blocks / all blocks, in (0, 1].
-        seed: for "random".
+        name: a key of PATTERNS.
+        observation: an object with pattern_scores [L, nb, nb], pattern @ pattern.T of each layer
+            (float64 on the CPU decides), and, for the patterns that look at it, pooled or
+            smoothed [L, nb, nb]; sparsity.observe.Observation is one.
+        density: kept blocks / all blocks, in (0, 1].
+        seed: for the random ones.
 
-    Returns: bool [L, nb, nb] on the CPU.
-
+    Returns: bool [L, nb, nb] on the CPU, True = kept: floor(density * nb^2) of each layer, unless
+        the pattern has a count of its own.
     Raises:
         ValueError: unknown name, density out of range or too small to keep a block, scores that
-        are not finite.
+        are not finite, or a pattern that keeps another number.
     """
+    import torch
+
     if name not in PATTERNS:
         raise ValueError(f"unknown pattern {name!r}; known: {', '.join(PATTERNS)}")
-    if pattern_scores.dim() != 3 or pattern_scores.shape[1] != pattern_scores.shape[2]:
-        raise ValueError(f"pattern_scores must be [L, nb, nb], not {list(pattern_scores.shape)}")
+    scores = observation.pattern_scores
+    if scores.dim() != 3 or scores.shape[1] != scores.shape[2]:
+        raise ValueError(f"pattern_scores must be [L, nb, nb], not {list(scores.shape)}")
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must lie in (0, 1], not {density}")
-    num_active = int(pattern_scores.shape[1] ** 2 * density)
-    if num_active < 1:
-        raise ValueError(f"density {density} keeps none of {pattern_scores.shape[1]}^2 blocks")
-    if not torch.isfinite(pattern_scores).all():
+    count = int(scores.shape[1] ** 2 * density)
+    if count < 1:
+        raise ValueError(f"density {density} keeps none of {scores.shape[1]}^2 blocks")
+    if not torch.isfinite(scores).all():
         raise ValueError("pattern_scores must be finite")
-    return PATTERNS[name](pattern_scores, num_active, seed)
+    pattern = PATTERNS[name]
+    masks = pattern.choose(observation, count, seed)
+    if masks.shape != scores.shape or masks.dtype != torch.bool:
+        raise ValueError(f"pattern {name} gave {masks.dtype} {list(masks.shape)}, not masks")
+    if not pattern.own_count and not bool((masks.flatten(1).sum(1) == count).all()):
+        raise ValueError(f"pattern {name} keeps another number of blocks than {count}")
+    return masks

@@ -401,7 +401,7 @@ def test_mistakes_on_the_command_line(fresh, capsys):
     attempt("does not divide", more=["--set", "model.block_size=48"])
     attempt("keeps no block", more=["--set", "model.density=0.01"])
     attempt("statistics_groups must lie between", "batch_size (2)", more=["--batch_size", "2"])
-    attempt("--max_dense_steps 0", "--pattern band", more=["--max_dense_steps", "0"])
+    attempt("--max_dense_steps 0", "these need none: random", more=["--max_dense_steps", "0"])
     attempt("--device tpu", more=["--device", "tpu"])
     attempt(
         "--precision fp16 needs a CUDA device", more=["--device", "cpu", "--precision", "fp16"]
@@ -478,8 +478,9 @@ def test_what_a_resume_cannot_change(finished, capsys):
         (["--set", "model.dropout_prob=0.3"], "model.dropout_prob=0.3"),
         (["--train_steps", "40"], "training.num_train_steps=40"),
         (["--precision", "bf16"], "another precision"),
-        (["--pattern", "band"], "another pattern"),
-        (["--transition_when", "shifting"], "another when"),
+        (["--pattern", "band"], "sparsity.pattern=band"),
+        (["--transition_when", "shifting"], "sparsity.transition_when=shifting"),
+        (["--max_dense_steps", "9"], "sparsity.max_dense_steps=9"),
     ):
         common = tiny.arguments(finished, "--resume", *given)
         refused(main_learnable_skewness.main(common), capsys, "cannot resume", word)

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from config import Aliases, Config
+from training.errors import UserError
 from training.settings import TaskConfig, build_config, resolve_task, unused_fields
 
 
@@ -39,22 +40,32 @@ def test_published_values():
 def test_flag_beats_set_beats_dict_beats_default():
     assert build("lra-listops").training.skewness == 1.7  # no task value: the default
     assert build(settings=["training.skewness=2"]).training.skewness == 2.0
-    config = build(settings=["training.skewness=2", "training.batch_size=8"], skewness=3.0)
+    config = build(
+        settings=["training.skewness=2", "training.batch_size=8"], flags={"training.skewness": 3.0}
+    )
     assert (config.training.skewness, config.training.batch_size) == (3.0, 8)
 
 
 def test_batch_size_never_changes_what_is_evaluated():
-    assert build(batch_size=8).num_eval_examples == build().num_eval_examples == 20 * 512
+    assert (
+        build(flags={"training.batch_size": 8}).num_eval_examples
+        == build().num_eval_examples
+        == 20 * 512
+    )
     assert build(settings=["training.num_eval_steps=2"]).num_eval_examples == 2 * 512
 
 
 def test_warmup_is_shortened_and_said():
-    config, notices = build_config("lra-image", Config["lra-image"], train_steps=40)
+    config, notices = build_config(
+        "lra-image", Config["lra-image"], flags={"training.num_train_steps": 40}
+    )
     assert config.training.warmup == 4
     assert len(notices) == 1 and "from 175 to 4" in notices[0]
-    config, notices = build_config("lra-image", Config["lra-image"], train_steps=176)
+    config, notices = build_config(
+        "lra-image", Config["lra-image"], flags={"training.num_train_steps": 176}
+    )
     assert config.training.warmup == 175 and not notices
-    assert build(train_steps=1).training.warmup == 0
+    assert build(flags={"training.num_train_steps": 1}).training.warmup == 0
 
 
 @pytest.mark.parametrize(
@@ -88,7 +99,7 @@ def test_warmup_is_shortened_and_said():
         (["num_layers=4"], "write it as section.field=value"),
         (["model.num_layers"], "write it as section.field=value"),
         (["model.num_layers="], "write it as section.field=value"),
-        (["dataset.train=5"], "the section must be model or training"),
+        (["dataset.train=5"], "the section must be model, training or sparsity"),
     ],
 )
 def test_mistakes_are_named(settings, words):
@@ -106,3 +117,27 @@ def test_unused_fields_are_those_of_the_dict():
     assert "training.patience" not in unused_fields(Config["lra-image"])
     assert "training.patience" in unused_fields(Config["lra-listops"])
     assert "model.attention_dropout" in unused_fields(Config["lra-image"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["sparsity.pattern=bigbird"], "--pattern must be one of learned, random, band"),
+        (["sparsity.transition_when=now"], "--transition_when must be one of settled, shifting"),
+        (["sparsity.max_dense_steps=0"], "which needs a dense phase; these need none: random"),
+        (["sparsity.max_dense_steps=0", "sparsity.pattern=mass"], "mass from, which needs"),
+        (["sparsity.max_dense_steps=-1"], "at least 0"),
+        (["sparsity.transition_when=after"], "needs --max_dense_steps N"),
+        (["sparsity.transition_when=agreeing"], "use one that does .mass, mass_rows."),
+        (["sparsity.transition_when=agreeing", "sparsity.pattern=band"], "does not look at the"),
+        (["sparsity.lift=0.5"], "--lift must be at least 1, not 0.5"),
+        (["sparsity.agreement=0"], "--agreement must lie in .0, 1., not 0"),
+        (["sparsity.agreement=1.1"], "--agreement must lie in .0, 1., not 1.1"),
+        (["sparsity.pattern=given"], "--pattern given and --masks FILE go together"),
+        (["sparsity.masks=x.pickle"], "--pattern given and --masks FILE go together"),
+        (["sparsity.pattern=3"], "sparsity.pattern must be of type str"),
+    ],
+)
+def test_methods_that_cannot_work_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        build(settings=settings)

@@ -17,6 +17,7 @@ from kernels import DropoutKey
 from models import StatisticsRequest, build_model
 from models.config import ModelConfig, checked_fields
 from sparsity import select_blocks
+from sparsity.observe import Observation
 from sparsity.pattern_loss import pattern_loss
 from training.recording.checkpoint import load_checkpoint
 from training.recording.reference_files import find_masks
@@ -124,7 +125,7 @@ def test_logits_equal_the_restatement(backend, sparse, padding, num_inputs):
             parameter.mul_(3)
     masks = None
     if sparse:
-        masks = select_blocks("random", pattern_scores=model.pattern_scores(), density=0.4)
+        masks = select_blocks("random", Observation(model.pattern_scores()), 0.4)
         model.enter_sparse_phase(masks)
     inputs = [torch.randint(0, 16, (3, 64)) for _ in range(num_inputs)]
     for ids in inputs:
@@ -142,7 +143,7 @@ def test_logits_equal_the_restatement(backend, sparse, padding, num_inputs):
 
 def masks_like(config):
     scores = torch.zeros(config.num_layers, config.num_blocks, config.num_blocks)
-    return select_blocks("band", pattern_scores=scores, density=0.4)
+    return select_blocks("band", Observation(scores), 0.4)
 
 
 def test_tied_layers_share_weights_pattern_and_mask():
@@ -152,7 +153,7 @@ def test_tied_layers_share_weights_pattern_and_mask():
     assert names == ["model.transformer.mha.pattern"]
     assert len(model.patterns) == 3
     scores = model.pattern_scores()
-    masks = select_blocks("learned", pattern_scores=scores, density=0.4)
+    masks = select_blocks("learned", Observation(scores), 0.4)
     assert torch.equal(masks[0], masks[2])
     model.enter_sparse_phase(masks)
     assert torch.equal(model.block_masks, masks)

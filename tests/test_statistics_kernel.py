@@ -27,14 +27,19 @@ def make_inputs(B=4, H=2, N=96, d=32, dtype=FP32, spread=2.0, padded=False):
 
 
 def restated(query, key, padding, bs, groups, scale=None):
-    """mean_attention, pooled_mean, pooled_square_mean and p, from the whole p in float64."""
+    """mean_attention, pooled_mean, pooled_square_mean, pooled_real and p, from the whole p in
+    float64."""
     B, H, N, d = query.shape
     scale = d**-0.5 if scale is None else scale
     everything = torch.ones(1, 1, dtype=torch.bool)
     probs = ab.dense_probs(query.double(), key.double(), everything, N, padding, scale, "masked")
     pooled = probs.view(B, H, N // bs, bs, N // bs, bs).mean((3, 5))
     mean = probs.view(groups, B // groups, H, N, N).mean((1, 2))
-    return mean, pooled.mean((0, 1)), pooled.square().mean(), probs
+    real = torch.ones(B, N, dtype=torch.bool) if padding is None else padding
+    # the mean over an example's real rows, of examples that all weigh the same
+    of_real = probs.mean(1) * (real[:, :, None] * N / real.sum(1).clamp(min=1)[:, None, None])
+    pooled_real = of_real.view(B, N // bs, bs, N // bs, bs).mean((0, 2, 4))
+    return mean, pooled.mean((0, 1)), pooled.square().mean(), pooled_real, probs
 
 
 def run(case, query, key, padding, **arguments):
@@ -50,7 +55,9 @@ def run(case, query, key, padding, **arguments):
 
 def check(case, query, key, padding, bs, groups=1, scale=None):
     got = run(case, query, key, padding, block_size=bs, groups=groups, scale=scale)
-    mean, pooled_mean, square_mean, _ = restated(query, key, padding, bs, groups, scale)
+    mean, pooled_mean, square_mean, pooled_real, _ = restated(
+        query, key, padding, bs, groups, scale
+    )
     d = query.shape[-1]
     score = ab.largest_score(query, key, d**-0.5 if scale is None else scale)
     # fp32 arithmetic whatever the inputs; p is known to the rounding of its score.
@@ -60,7 +67,17 @@ def check(case, query, key, padding, bs, groups=1, scale=None):
     torch.testing.assert_close(got.mean_attention.cpu().double(), mean, **tolerance)
     torch.testing.assert_close(got.pooled_mean.cpu().double(), pooled_mean, **tolerance)
     torch.testing.assert_close(got.pooled_square_mean.cpu(), square_mean, rtol=1e-5, atol=0)
+    if padding is None:
+        assert got.pooled_real is got.pooled_mean
+    elif "cuda" not in case.backend or ends_on_16(padding):
+        torch.testing.assert_close(got.pooled_real.cpu().double(), pooled_real, **tolerance)
     return got
+
+
+def ends_on_16(padding):
+    """Whether no 16 rows hold real and padded tokens: what the CUDA kernel tells apart."""
+    pieces = padding.view(len(padding), -1, 16)
+    return bool((pieces.all(-1) | ~pieces.any(-1)).all())
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -258,3 +275,13 @@ def test_mistakes(change, message):
     query, key, _ = make_inputs()
     with pytest.raises(ValueError, match=message):
         attention_statistics(**{"query": query, "key": key, "block_size": 16, **change})
+
+
+def test_padded_queries_do_not_count_as_real(case):
+    """Examples that end on 16 tokens, which every backend tells apart, and one without any."""
+    case.require(op="statistics", block_size=32)
+    query, key, _ = make_inputs(dtype=case.dtype)
+    padding = torch.arange(96) < torch.tensor([16, 64, 96, 0])[:, None]
+    got = check(case, query, key, padding, 32)
+    assert (got.pooled_real.sum() * 32**2 / 96).item() == pytest.approx(3 / 4, rel=1e-5)
+    assert not torch.allclose(got.pooled_real, got.pooled_mean)

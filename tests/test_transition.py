@@ -5,8 +5,13 @@ import math
 import pytest
 import torch
 
-from sparsity.criteria import TransitionCriterion
-from sparsity.observe import frobenius_distance, skewness
+from sparsity.criteria import Settled, Shifting
+from sparsity.observe import Observation, frobenius_distance, skewness
+
+
+def seen(mean_attention):
+    """What a criterion is given, with this mean attention."""
+    return Observation(torch.zeros(1, 1, 1), mean_attention=mean_attention)
 
 
 def layer(*values):
@@ -57,73 +62,83 @@ SEQUENCE = [
 
 
 def test_settled_fires_on_the_third_step_at_the_earliest():
-    criterion = TransitionCriterion(skewness=1.0, distance=1.3)
-    first, second, third, fourth = (criterion.update(matrix) for matrix in SEQUENCE)
-    assert not first.transition and first.distance == [0.0] and first.change_percent == [None]
-    assert not second.transition and second.change_percent == [None]
-    assert second.distance[0] == pytest.approx(1.0)
-    assert third.transition and third.change_percent[0] == pytest.approx(1.0, rel=1e-3)
-    assert third.skewness[0] == pytest.approx(SKEW_ONE_HIGH)
-    assert not fourth.transition and fourth.change_percent[0] == pytest.approx(100.0, rel=1e-3)
+    criterion = Settled(skewness=1.0, distance=1.3)
+    first, second, third, fourth = (criterion.update(seen(matrix)) for matrix in SEQUENCE)
+    assert (
+        not first.ready
+        and first.values["distance"] == [0.0]
+        and first.values["change_percent"] == [None]
+    )
+    assert not second.ready and second.values["change_percent"] == [None]
+    assert second.values["distance"][0] == pytest.approx(1.0)
+    assert third.ready and third.values["change_percent"][0] == pytest.approx(1.0, rel=1e-3)
+    assert third.values["skewness"][0] == pytest.approx(SKEW_ONE_HIGH)
+    assert not fourth.ready and fourth.values["change_percent"][0] == pytest.approx(
+        100.0, rel=1e-3
+    )
     assert "change 100.00 % >= 1.3 %" in fourth.reason
 
 
 def test_shifting_is_the_other_side():
-    criterion = TransitionCriterion(skewness=1.0, distance=1.3, when="shifting")
-    decisions = [criterion.update(matrix).transition for matrix in SEQUENCE]
+    criterion = Shifting(skewness=1.0, distance=1.3)
+    decisions = [criterion.update(seen(matrix)).ready for matrix in SEQUENCE]
     assert decisions == [False, False, False, True]
 
 
 def test_skewness_holds_back_and_equality_is_enough():
-    held = TransitionCriterion(skewness=1.2, distance=1.3)
-    decision = [held.update(matrix) for matrix in SEQUENCE[:3]][-1]
-    assert not decision.transition and "layer 0 skewness 1.155 < 1.2" in decision.reason
-    exact = TransitionCriterion(skewness=decision.skewness[0], distance=1.3)
-    assert [exact.update(matrix) for matrix in SEQUENCE[:3]][-1].transition
+    held = Settled(skewness=1.2, distance=1.3)
+    decision = [held.update(seen(matrix)) for matrix in SEQUENCE[:3]][-1]
+    assert not decision.ready and "layer 0 skewness 1.155 < 1.2" in decision.reason
+    exact = Settled(skewness=decision.values["skewness"][0], distance=1.3)
+    assert [exact.update(seen(matrix)) for matrix in SEQUENCE[:3]][-1].ready
 
 
 def test_change_equal_to_the_threshold_is_not_settled():
     # distances 1 and 1.5: the change is 50 % exactly
     sequence = [layer(0, 0, 0, 4.0), layer(0, 0, 0, 5.0), layer(0, 0, 0, 6.5)]
-    criterion = TransitionCriterion(skewness=1.0, distance=50.0)
-    assert not [criterion.update(matrix) for matrix in sequence][-1].transition
-    above = TransitionCriterion(skewness=1.0, distance=50.0, when="shifting")
-    assert not [above.update(matrix) for matrix in sequence][-1].transition
+    criterion = Settled(skewness=1.0, distance=50.0)
+    assert not [criterion.update(seen(matrix)) for matrix in sequence][-1].ready
+    above = Shifting(skewness=1.0, distance=50.0)
+    assert not [above.update(seen(matrix)) for matrix in sequence][-1].ready
 
 
 def test_zero_distance_holds_back():
-    criterion = TransitionCriterion(skewness=1.0, distance=1000.0)
+    criterion = Settled(skewness=1.0, distance=1000.0)
     still = layer(0, 0, 0, 4.0)
-    decisions = [criterion.update(still) for _ in range(4)]
-    assert not any(decision.transition for decision in decisions)
-    assert decisions[-1].distance == [0.0] and decisions[-1].change_percent == [None]
+    decisions = [criterion.update(seen(still)) for _ in range(4)]
+    assert not any(decision.ready for decision in decisions)
+    assert decisions[-1].values["distance"] == [0.0] and decisions[-1].values[
+        "change_percent"
+    ] == [None]
     assert "change undefined" in decisions[-1].reason
 
 
 def test_zero_deviation_and_nan_hold_back():
-    criterion = TransitionCriterion(skewness=-10.0, distance=1e9)
+    criterion = Settled(skewness=-10.0, distance=1e9)
     flat = [torch.full((1, 1, 2, 2), value) for value in (1.0, 2.0, 3.5, 5.5)]
-    decisions = [criterion.update(matrix) for matrix in flat]
-    assert not any(decision.transition for decision in decisions)
-    assert decisions[-1].skewness == [None] and "skewness undefined" in decisions[-1].reason
+    decisions = [criterion.update(seen(matrix)) for matrix in flat]
+    assert not any(decision.ready for decision in decisions)
+    assert (
+        decisions[-1].values["skewness"] == [None] and "skewness undefined" in decisions[-1].reason
+    )
 
-    criterion = TransitionCriterion(skewness=1.0, distance=1.3)
+    criterion = Settled(skewness=1.0, distance=1.3)
     broken = [*SEQUENCE[:2], layer(0, 0, float("nan"), 6.01)]
-    decision = [criterion.update(matrix) for matrix in broken][-1]
-    assert not decision.transition
-    assert decision.skewness == [None] and decision.distance == [None]
-    assert decision.change_percent == [None]
+    decision = [criterion.update(seen(matrix)) for matrix in broken][-1]
+    assert not decision.ready
+    assert decision.values["skewness"] == [None] and decision.values["distance"] == [None]
+    assert decision.values["change_percent"] == [None]
 
 
 def test_one_layer_holds_all_back():
     moving = [layer(0, 0, 0, 4.0), layer(0, 0, 0, 5.0), layer(0, 0, 0, 6.01)]
     jumping = [layer(0, 0, 0, 4.0), layer(0, 0, 0, 5.0), layer(0, 0, 0, 9.0)]
-    criterion = TransitionCriterion(skewness=1.0, distance=1.3)
+    criterion = Settled(skewness=1.0, distance=1.3)
     pairs = [torch.cat(pair) for pair in zip(moving, jumping, strict=True)]
-    decision = [criterion.update(pair) for pair in pairs][-1]
-    assert not decision.transition
-    assert decision.change_percent[0] == pytest.approx(1.0, rel=1e-3)
-    assert decision.change_percent[1] == pytest.approx(300.0)
+    decision = [criterion.update(seen(pair)) for pair in pairs][-1]
+    assert not decision.ready
+    assert decision.values["change_percent"][0] == pytest.approx(1.0, rel=1e-3)
+    assert decision.values["change_percent"][1] == pytest.approx(300.0)
     assert decision.reason.startswith("layer 1 change") and "layer 0" not in decision.reason
 
 
@@ -132,56 +147,62 @@ def test_groups_are_stacked():
     # moment (7 * -.125 + 42.875) / 8
     matrix = torch.cat([layer(0, 0, 0, 4.0), layer(0, 0, 0, 0.0)], dim=1)
     assert matrix.shape == (1, 2, 2, 2)
-    decision = TransitionCriterion(1.0, 1.3).update(matrix)
-    assert decision.skewness[0] == pytest.approx((42.0 / 8) / 1.75**1.5)
+    decision = Settled(1.0, 1.3).update(seen(matrix))
+    assert decision.values["skewness"][0] == pytest.approx((42.0 / 8) / 1.75**1.5)
     four = torch.cat([layer(0, 0, 0, value) for value in (4.0, 4.0, 4.0, 4.0)], dim=1)
-    assert TransitionCriterion(1.0, 1.3).update(four).skewness[0] == pytest.approx(SKEW_ONE_HIGH)
+    assert Settled(1.0, 1.3).update(seen(four)).values["skewness"][0] == pytest.approx(
+        SKEW_ONE_HIGH
+    )
     # four groups that each move by 1 are at distance 2
-    criterion = TransitionCriterion(1.0, 1.3)
-    criterion.update(four)
-    assert criterion.update(four + 0.5).distance[0] == pytest.approx(math.sqrt(16 * 0.25))
+    criterion = Settled(1.0, 1.3)
+    criterion.update(seen(four))
+    assert criterion.update(seen(four + 0.5)).values["distance"][0] == pytest.approx(
+        math.sqrt(16 * 0.25)
+    )
 
 
 def test_the_caller_may_reuse_its_buffer():
-    criterion = TransitionCriterion(skewness=1.0, distance=1.3)
+    criterion = Settled(skewness=1.0, distance=1.3)
     buffer = torch.empty(1, 1, 2, 2)
     decisions = []
     for matrix in SEQUENCE:
         buffer.copy_(matrix)
-        decisions.append(criterion.update(buffer))
-    assert [decision.transition for decision in decisions] == [False, False, True, False]
+        decisions.append(criterion.update(seen(buffer)))
+    assert [decision.ready for decision in decisions] == [False, False, True, False]
 
 
 def test_a_restored_criterion_goes_on_where_it_stopped():
-    whole = TransitionCriterion(skewness=1.0, distance=1.3)
-    expected = [whole.update(matrix) for matrix in SEQUENCE]
+    whole = Settled(skewness=1.0, distance=1.3)
+    expected = [whole.update(seen(matrix)) for matrix in SEQUENCE]
     for stop in range(1, 4):
-        before = TransitionCriterion(skewness=1.0, distance=1.3)
+        before = Settled(skewness=1.0, distance=1.3)
         for matrix in SEQUENCE[:stop]:
-            before.update(matrix)
-        after = TransitionCriterion(skewness=1.0, distance=1.3)
+            before.update(seen(matrix))
+        after = Settled(skewness=1.0, distance=1.3)
         after.load_state_dict(before.state_dict())
-        assert [after.update(matrix) for matrix in SEQUENCE[stop:]] == expected[stop:]
+        assert [after.update(seen(matrix)) for matrix in SEQUENCE[stop:]] == expected[stop:]
         assert after.outlook() == whole.outlook()
 
 
 def test_outlook_names_layer_share_and_chance():
-    criterion = TransitionCriterion(skewness=1.0, distance=1.3)
+    criterion = Settled(skewness=1.0, distance=1.3)
     assert criterion.outlook() == "no dense step yet"
     for matrix in SEQUENCE:
-        criterion.update(matrix)
+        criterion.update(seen(matrix))
     text = criterion.outlook()
     # skewness always holds; the change held on one step of four: 1 - .75^100 is all but certain
-    assert "layer 0" in text and "holds 100% of the time" in text and "(holds 25%)" in text
+    assert (
+        "layer 0" in text
+        and "holds 100% of the time" in text
+        and "(holds 25% of the time)" in text
+    )
     assert "within 100 steps about 100%" in text
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="unknown rule 'sometimes'"):
-        TransitionCriterion(1.0, 1.0, when="sometimes")
-    criterion = TransitionCriterion(1.0, 1.0)
+    criterion = Settled(1.0, 1.0)
     with pytest.raises(ValueError, match=r"must be \[L, groups, N, N\]"):
-        criterion.update(torch.zeros(2, 2))
-    criterion.update(torch.zeros(1, 1, 2, 2))
+        criterion.update(seen(torch.zeros(2, 2)))
+    criterion.update(seen(torch.zeros(1, 1, 2, 2)))
     with pytest.raises(ValueError, match="changed its shape"):
-        criterion.update(torch.zeros(1, 1, 4, 4))
+        criterion.update(seen(torch.zeros(1, 1, 4, 4)))

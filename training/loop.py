@@ -11,15 +11,15 @@ import time
 
 import torch
 
-from sparsity import select_blocks
-from sparsity.criteria import Decision
+from sparsity import Verdict
+from sparsity.observe import Observation
 from training.data.order import evaluation_subset
 from training.evaluation import evaluate
 from training.recording import provenance, words
 from training.recording.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from training.recording.files import CheckpointError
 from training.recording.reference_files import save_masks
-from training.run import Run, TrainingFailed, not_finite
+from training.run import Run, StepResult, TrainingFailed, not_finite
 from training.step import train_step
 
 EVALUATION_SEED = 0  # the dev subset is the same for every run, so that runs can be compared
@@ -45,25 +45,26 @@ def train(run: Run) -> str:
     if run.step == 0:
         save_first(run)
     last_save = time.monotonic()
-    if run.phase == "dense" and options.max_dense_steps == run.step == 0:
-        switch_to_sparse(run, "--max_dense_steps 0")
+    limit = run.config.sparsity.max_dense_steps
+    if run.phase == "dense" and limit is not None and run.step >= limit:
+        switch_to_sparse(run, f"--max_dense_steps {limit}")
     while run.step < config.num_train_steps and not _out_of_patience(run):
         started = time.perf_counter()
         result = train_step(run)
-        decision = decide(run) if run.phase == "dense" else None
+        verdict = decide(run, result) if run.phase == "dense" else None
         run.step += 1
         run.seconds += time.perf_counter() - started
-        words.step_done(run, result, decision)
+        words.step_done(run, result, verdict)
 
         last = run.step == config.num_train_steps
         evaluated = run.step % config.eval_frequency == 0 or last
         if evaluated:
             evaluate_and_keep_best(run, final=last)
+        over = limit is not None and run.step >= limit
         # after the last step nothing would be trained with the blocks
-        switched = run.phase == "dense" and not last and _must_switch(run, decision)
-        if switched:
-            assert decision is not None
-            switch_to_sparse(run, decision.reason if decision.transition else "--max_dense_steps")
+        switched = verdict is not None and not last and (verdict.ready or over)
+        if verdict is not None and switched:
+            switch_to_sparse(run, verdict.reason if verdict.ready else "--max_dense_steps")
 
         finished = last or _out_of_patience(run)
         cut = run.step == options.stop_after and not finished
@@ -83,26 +84,36 @@ def train(run: Run) -> str:
     return "finished"
 
 
-def decide(run: Run) -> Decision:
-    """The rule's word on this step's attention; rank 0 speaks for all."""
-    assert run.mean_attention is not None
-    decision = run.criterion.update(run.mean_attention)
-    verdict = torch.tensor(int(decision.transition), device=run.device)
-    if bool(run.world.broadcast_(verdict)) != decision.transition:
+def decide(run: Run, result: StepResult) -> Verdict:
+    """Observes the attention of the step just done; the criterion's word on it. Rank 0 speaks for
+    all."""
+    run.observation = _observation(run, result)
+    run.observer.observe(run.observation)
+    verdict = run.criterion.update(run.observation)
+    ready = torch.tensor(int(verdict.ready), device=run.device)
+    if bool(run.world.broadcast_(ready)) != verdict.ready:
         raise TrainingFailed("processes disagree on the transition; their attention differs")
-    return decision
+    return verdict
+
+
+def _observation(run: Run, result: StepResult | None) -> Observation:
+    return Observation(
+        pattern_scores=run.model.pattern_scores(),
+        pooled=None if result is None else result.pooled,
+        uniform=None if result is None else result.uniform,
+        mean_attention=run.mean_attention,
+        smoothed=run.observer.smoothed if result is None else None,
+        initial_scores=run.initial_scores,
+        given=run.given_masks,
+        step=run.step + 1,
+    )
 
 
 def switch_to_sparse(run: Run, reason: str) -> None:
     """Everything that changes at the transition, in order."""
-    scores = run.model.pattern_scores()
-    masks = select_blocks(
-        run.options.pattern,
-        pattern_scores=scores,
-        mean_attention=run.mean_attention,
-        density=run.config.model.density,
-        seed=run.options.seed,
-    )
+    # a run that has not trained yet has seen nothing; a fork remembers what its origin saw
+    observation = run.observation or _observation(run, None)
+    masks = run.choose(observation)
     masks = run.world.broadcast_(masks.to(run.device, torch.uint8)).bool().cpu()
     run.model.enter_sparse_phase(masks)  # builds the layouts, freezes the patterns
     run.phase = "sparse"
@@ -113,8 +124,8 @@ def switch_to_sparse(run: Run, reason: str) -> None:
     run.evaluations_since_best = 0
     if run.world.is_main and run.paths is not None:
         save_masks(run.paths.masks, masks)
-    words.transition_done(run, reason, scores, masks)
-    run.mean_attention = None
+    words.transition_done(run, reason, observation, masks)
+    run.mean_attention = run.observation = None
     run.criterion.release()
 
 
@@ -175,6 +186,7 @@ def save_last(run: Run) -> None:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "criterion": run.criterion.state_dict() if run.phase == "dense" else None,
+        "observer": run.observer.state_dict() if run.phase == "dense" else None,
         "transition_step": run.transition_step,
         "best_step": run.best_step,
         "evaluations_since_best": run.evaluations_since_best,
@@ -224,6 +236,7 @@ def restore(run: Run, state: TrainState) -> None:
     run.scaler.load_state_dict(training["scaler"])
     if training["criterion"] is not None:
         run.criterion.load_state_dict(training["criterion"], run.device)
+        run.observer.load_state_dict(training["observer"])
     run.best_accuracy = state.best_accuracy
     run.best_step = training["best_step"]
     run.evaluations_since_best = training["evaluations_since_best"]
@@ -238,9 +251,3 @@ def restore(run: Run, state: TrainState) -> None:
 def _out_of_patience(run: Run) -> bool:
     patience = run.options.patience
     return patience is not None and run.evaluations_since_best >= patience
-
-
-def _must_switch(run: Run, decision: Decision | None) -> bool:
-    assert decision is not None
-    limit = run.options.max_dense_steps
-    return decision.transition or (limit is not None and run.step >= limit)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from sparsity import CRITERIA, PATTERNS
+
 
 def positive(text: str) -> int:
     number = int(text)
@@ -167,8 +169,24 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     transition.add_argument(
         "--transition_when",
-        choices=["settled", "shifting"],
-        help="change below --ds (settled, the default) or above it (shifting)",
+        choices=[*CRITERIA],
+        help="; ".join(f"{name}: {entry.description}" for name, entry in CRITERIA.items())
+        + " (default: settled)",
+    )
+    transition.add_argument(
+        "--lift",
+        type=float,
+        metavar="X",
+        help=(
+            "of concentrated: attention in the best blocks against chance, in multiples of its "
+            "mean over steps 1 to 20 (default: 2)"
+        ),
+    )
+    transition.add_argument(
+        "--agreement",
+        type=float,
+        metavar="A",
+        help="of agreeing: intersection over union of two choices, in (0, 1] (default: 0.9)",
     )
     transition.add_argument(
         "--max_dense_steps",
@@ -178,8 +196,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     transition.add_argument(
         "--pattern",
-        choices=["learned", "random", "band"],
-        help="which blocks are kept (default: learned)",
+        choices=[*PATTERNS],
+        help="which blocks are kept; "
+        + "; ".join(f"{name}: {entry.description}" for name, entry in PATTERNS.items())
+        + " (default: learned)",
+    )
+    transition.add_argument(
+        "--masks", metavar="FILE", help="block masks for --pattern given, as a run writes them"
     )
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from models import SequenceClassifier
-from sparsity.criteria import TransitionCriterion
+from sparsity import Criterion, select_blocks
+from sparsity.observe import Observation, Observer
+from sparsity.patterns import PATTERNS
 from training.data.examples import Dataset
 from training.distributed import World
 from training.interrupt import StopSignal
@@ -28,8 +30,6 @@ class RunOptions:
     """What the command line decides beside the configuration."""
 
     seed: int = 0
-    pattern: str = "learned"
-    max_dense_steps: int | None = None  # the transition comes at this step at the latest
     patience: int | None = None  # evaluations without a better one after which training ends
     stop_after: int | None = None  # a cut through the full schedule, to be resumed
     micro_batch_size: int = 16
@@ -52,7 +52,11 @@ class Run:
     train_data: Dataset
     dev_data: Dataset
     stop: StopSignal
-    criterion: TransitionCriterion
+    given_masks: Tensor | None = None  # bool [L, nb, nb], of --masks
+    criterion: Criterion = field(init=False)  # ends the dense phase
+    observer: Observer = field(init=False)
+    observation: Observation | None = None  # of the last dense step
+    initial_scores: Tensor = field(init=False)  # [L, nb, nb], before the first step
     optimizer: PhaseOptimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     phase: str = "dense"
@@ -66,11 +70,21 @@ class Run:
     mean_attention: Tensor | None = None  # [L, groups, N, N] fp32, dense phase only
 
     def __post_init__(self) -> None:
+        self.criterion = self.config.new_criterion()
+        self.observer = Observer(
+            self.choose, PATTERNS[self.config.sparsity.pattern].needs is not None
+        )
+        self.initial_scores = self.model.pattern_scores()
         self.optimizer = self.new_optimizer()
         # fp16 alone has too small a range for gradients
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.options.precision == "fp16"
         )
+
+    def choose(self, observation: Observation) -> Tensor:
+        """The blocks that the run's pattern would keep now, bool [L, nb, nb]."""
+        sparsity, density = self.config.sparsity, self.config.model.density
+        return select_blocks(sparsity.pattern, observation, density, self.options.seed)
 
     def new_optimizer(self) -> PhaseOptimizer:
         return PhaseOptimizer(self.model.parameters(), self.config.training, self.phase)
@@ -97,3 +111,6 @@ class StepResult:
     loss_scale: float | None  # of the GradScaler; None but in fp16
     skipped: bool  # the gradient overflowed fp16, so that no weight moved
     stop_signal: int  # of any process; 0: none
+    # dense phase only, see sparsity.observe.Observation; float64 on the CPU
+    pooled: Tensor | None = None
+    uniform: Tensor | None = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.config import ModelConfig, checked_fields
+from sparsity import CRITERIA, PATTERNS, Criterion
 from training.errors import UserError
 
 
@@ -74,6 +75,61 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class SparsityConfig:
+    """When a run turns sparse, and which blocks it keeps.
+
+    Raises:
+        UserError: one sentence naming the option and what is allowed.
+    """
+
+    pattern: str = "learned"
+    masks: str | None = None  # file of the blocks of pattern given
+    transition_when: str = "settled"
+    max_dense_steps: int | None = None  # the transition comes at this step at the latest
+    lift: float = 2.0  # times the start's concentration, for concentrated
+    agreement: float = 0.9  # intersection over union, for agreeing
+
+    def __post_init__(self) -> None:
+        for option, name, known in (
+            ("pattern", self.pattern, PATTERNS),
+            ("transition_when", self.transition_when, CRITERIA),
+        ):
+            if name not in known:
+                raise UserError(f"--{option} must be one of {', '.join(known)}, not {name!r}")
+        pattern, criterion = PATTERNS[self.pattern], CRITERIA[self.transition_when]
+        if self.max_dense_steps is not None and self.max_dense_steps < 0:
+            raise UserError(f"--max_dense_steps must be at least 0, not {self.max_dense_steps}")
+        if self.max_dense_steps == 0 and pattern.needs is not None:
+            others = ", ".join(name for name, other in PATTERNS.items() if other.needs is None)
+            raise UserError(
+                f"--max_dense_steps 0 leaves nothing to choose blocks of --pattern "
+                f"{self.pattern} from, which needs a dense phase; these need none: {others}"
+            )
+        if criterion.is_budget and self.max_dense_steps is None:
+            raise UserError(
+                f"--transition_when {self.transition_when} needs --max_dense_steps N, the number "
+                f"of dense steps"
+            )
+        if criterion.needs_moving_choice and pattern.needs != "attention":
+            others = ", ".join(name for name, p in PATTERNS.items() if p.needs == "attention")
+            raise UserError(
+                f"--transition_when {self.transition_when} waits for the choice of blocks to "
+                f"settle, which that of --pattern {self.pattern} has from the start: it does not "
+                f"look at the attention; use one that does ({others})"
+            )
+        if not self.lift >= 1:
+            raise UserError(f"--lift must be at least 1, not {self.lift:g}")
+        if not 0 < self.agreement <= 1:
+            raise UserError(f"--agreement must lie in (0, 1], not {self.agreement:g}")
+        if (self.pattern == "given") != (self.masks is not None):
+            raise UserError("--pattern given and --masks FILE go together")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields: a dict that builds this object again."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """Everything that defines a run's mathematics."""
 
@@ -83,6 +139,7 @@ class TaskConfig:
     num_eval_examples: (
         int  # num_eval_steps * the dict's own batch_size; --batch_size never changes it
     )
+    sparsity: SparsityConfig = SparsityConfig()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict, as saved in checkpoints and run.json."""
@@ -91,7 +148,14 @@ class TaskConfig:
             "model": self.model.as_dict(),
             "training": self.training.as_dict(),
             "num_eval_examples": self.num_eval_examples,
+            "sparsity": self.sparsity.as_dict(),
         }
+
+    def new_criterion(self) -> Criterion:
+        """The criterion that ends the dense phase, with its thresholds."""
+        cls = CRITERIA[self.sparsity.transition_when]
+        settings = {**self.training.as_dict(), **self.sparsity.as_dict()}
+        return cls(**{name: settings[name] for name in cls.options})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TaskConfig:
@@ -101,6 +165,10 @@ class TaskConfig:
             model=_model_config(values["model"]),
             training=TrainingConfig(**_checked(TrainingConfig, "training", values["training"])),
             num_eval_examples=values["num_eval_examples"],
+            # checkpoints of before this section was there
+            sparsity=SparsityConfig(
+                **_checked(SparsityConfig, "sparsity", values.get("sparsity", {}))
+            ),
         )
 
 
@@ -143,7 +211,7 @@ def resolve_task(name: str, tasks: Mapping[str, Any], aliases: Mapping[str, str]
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`--set section.field=value` texts as {"model": {...}, "training": {...}}.
+    """`--set section.field=value` texts as {"model": {...}, "training": {...}, ...}.
 
     Values are Python literals; what is none is taken as a string, and true and false are taken in
     any case.
@@ -151,7 +219,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: malformed text, unknown section, or a field that nothing reads.
     """
-    parsed: dict[str, dict[str, Any]] = {"model": {}, "training": {}}
+    parsed: dict[str, dict[str, Any]] = {"model": {}, "training": {}, "sparsity": {}}
     for text in settings:
         path, equals, literal = text.partition("=")
         section, dot, field = path.strip().partition(".")
@@ -161,7 +229,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
             )
         if section not in parsed:
             raise UserError(
-                f"--set {text}: the section must be model or training, not {section!r}"
+                f"--set {text}: the section must be model, training or sparsity, not {section!r}"
             )
         if path.strip() in UNUSED_FIELDS:
             raise UserError(
@@ -186,32 +254,25 @@ def build_config(
     task_dict: Mapping[str, Any],
     *,
     settings: Sequence[str] = (),
-    batch_size: int | None = None,
-    train_steps: int | None = None,
-    skewness: float | None = None,
-    distance: float | None = None,
+    flags: Mapping[str, Any] | None = None,
 ) -> tuple[TaskConfig, list[str]]:
     """The checked configuration of one run, and sentences on what was adapted.
 
     Args:
         task: full name; task_dict: its entry in config.Config.
-        settings: texts of --set; the other arguments: flags, None where not given.
+        settings: texts of --set; flags: section.field -> value, None where not given.
 
     Raises:
         UserError: one sentence naming the field and what is allowed.
     """
     changes = parse_settings(settings)
-    model = {**task_dict["model"], **changes["model"]}
-    training = {**task_dict["training"], **changes["training"]}
-    flags = {
-        "batch_size": batch_size,
-        "num_train_steps": train_steps,
-        "skewness": skewness,
-        "distance": distance,
-    }
-    training.update({key: value for key, value in flags.items() if value is not None})
+    merged = {name: {**task_dict.get(name, {}), **changes[name]} for name in changes}
+    for path, value in (flags or {}).items():
+        if value is not None:
+            section, field = path.split(".")
+            merged[section][field] = value
     notices = []
-    checked = _checked(TrainingConfig, "training", training)
+    checked = _checked(TrainingConfig, "training", merged["training"])
     # a run shortened by --train_steps (or --set) keeps a warmup that fits it
     if checked["num_train_steps"] >= 1 and checked["warmup"] >= checked["num_train_steps"]:
         if "warmup" in changes["training"]:
@@ -229,9 +290,10 @@ def build_config(
     own = task_dict["training"]
     config = TaskConfig(
         task=task,
-        model=_model_config(model),
+        model=_model_config(merged["model"]),
         training=TrainingConfig(**checked),
         num_eval_examples=checked["num_eval_steps"] * own["batch_size"],
+        sparsity=SparsityConfig(**_checked(SparsityConfig, "sparsity", merged["sparsity"])),
     )
     return config, notices
 

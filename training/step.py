@@ -6,9 +6,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from kernels import DropoutKey
-from models import StatisticsRequest
+from models import ModelOutput, StatisticsRequest
+from sparsity.observe import uniform_attention
 from training import memory
 from training.batching import Chunk, plan_chunks
 from training.data.order import training_indices
@@ -49,7 +51,7 @@ def train_step(run: Run) -> StepResult:
 def _train_step(run: Run) -> StepResult:
     config = run.config.training
     dense = run.phase == "dense"
-    if dense:
+    if dense and run.criterion.needs_mean_attention:
         _reset_mean_attention(run)
     run.optimizer.zero_grad()
     begin, end = run.world.part(config.batch_size)
@@ -61,6 +63,7 @@ def _train_step(run: Run) -> StepResult:
     )
     # loss, correct answers, attention loss: summed on the device, read once
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)
+    pooled = _Pooled(run) if dense else None
     for chunk in plan_chunks(
         config.batch_size, config.statistics_groups, run.options.micro_batch_size, begin, end
     ):
@@ -77,7 +80,8 @@ def _train_step(run: Run) -> StepResult:
         share = len(labels) / config.batch_size
         loss = F.cross_entropy(output.logits.float(), labels) * share
         total = loss
-        if dense:
+        if pooled is not None:
+            pooled.add(output, share)
             attention = attention_loss(run.model, output, config.attn_loss_scale) * share
             totals[2] += attention.detach()
             # only the patterns receive a gradient of it, and theirs is all they receive
@@ -96,7 +100,7 @@ def _train_step(run: Run) -> StepResult:
     )
     signal = torch.tensor(float(run.stop.received), dtype=torch.float64, device=run.device)
     shared = torch.cat([totals, signal[None]])
-    run.world.sum_([shared])
+    run.world.sum_([shared, *(pooled.sums if pooled is not None else ())])
     numbers = torch.cat([shared, torch.stack([largest, norm])]).tolist()
     loss_sum, correct, attention_sum, signals, peak, gradient_norm = numbers
     # checked before the weights move: what is saved is good
@@ -119,7 +123,40 @@ def _train_step(run: Run) -> StepResult:
         skipped=not math.isfinite(peak),
         # what was shared decides, so that all processes end after the same step
         stop_signal=(run.stop.received or run.stop.default) if signals > 0 else 0,
+        **(pooled.result() if pooled is not None else {}),
     )
+
+
+class _Pooled:
+    """Sums a step's pooled attention over its micro-batches, and what it would be were attention
+    uniform where something is padded. Float64 on the device, copied to the host once."""
+
+    def __init__(self, run: Run) -> None:
+        model = run.config.model
+        shape = (model.num_layers + model.key_padding, model.num_blocks, model.num_blocks)
+        # one tensor, one exchange: the last matrix is the uniform one
+        self._sum = torch.zeros(shape, dtype=torch.float64, device=run.device)
+        self.sums = [self._sum]
+        self._model = model
+
+    def add(self, output: ModelOutput, share: float) -> None:
+        """share: of the global batch. Two documents count half each."""
+        num_layers = self._model.num_layers
+        documents = [output.statistics] + ([output.statistics_1] if output.statistics_1 else [])
+        for statistics in documents:
+            assert statistics is not None
+            of_layers = torch.stack([layer.pooled_real for layer in statistics])
+            self._sum[:num_layers] += of_layers.double() * (share / len(documents))
+        for real in output.real_keys:
+            uniform = uniform_attention(real, self._model.block_size)
+            self._sum[num_layers] += uniform * (share / len(documents))
+
+    def result(self) -> dict[str, Tensor | None]:
+        sums = self._sum.cpu()
+        pooled = sums[: self._model.num_layers]
+        if self._model.tied_weights:  # one mask for all passes: the mean over them
+            pooled = pooled.mean(0, keepdim=True).expand_as(pooled)
+        return {"pooled": pooled, "uniform": sums[-1] if self._model.key_padding else None}
 
 
 def _reset_mean_attention(run: Run) -> None:
@@ -136,7 +173,8 @@ def _reset_mean_attention(run: Run) -> None:
 
 
 def _statistics_request(run: Run, chunk: Chunk) -> StatisticsRequest:
-    assert run.mean_attention is not None
+    if run.mean_attention is None:
+        return StatisticsRequest(full=False)
     groups = slice(chunk.first_group, chunk.first_group + chunk.num_groups)
     return StatisticsRequest(
         groups=chunk.num_groups,

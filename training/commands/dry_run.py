@@ -52,13 +52,13 @@ def dry_run(run: Run) -> int:
     seconds = {}
     peaks = {}
     for phase in ("dense", "sparse"):
-        loop.train_step(run)  # warms up
+        result = loop.train_step(run)  # warms up
         if phase == "dense":
-            loop.decide(run)
+            loop.decide(run, result)
         started = time.perf_counter()
-        loop.train_step(run)
+        result = loop.train_step(run)
         if phase == "dense":
-            loop.decide(run)
+            loop.decide(run, result)
         seconds[phase] = time.perf_counter() - started
         peaks[phase] = memory.peak_bytes(run.device)
         if phase == "dense":

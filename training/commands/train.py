@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from models import build_model
-from sparsity.criteria import TransitionCriterion
 from training import loop, memory
 from training.commands.dry_run import dry_run, made_up_data
 from training.commands.evaluate import model_of, timed_test
@@ -42,8 +41,18 @@ from training.recording.checkpoint import (
 from training.recording.files import CheckpointError, remove_stale_temporaries
 from training.recording.log import NullLog, RunLog
 from training.recording.paths import RunPaths
+from training.recording.reference_files import load_masks
 from training.run import Run, RunOptions, TrainingFailed
-from training.settings import TaskConfig, build_config, resolve_task, unused_fields
+from training.settings import SparsityConfig, TaskConfig, build_config, resolve_task, unused_fields
+
+# flags, and the settings that they stand for
+FLAGS = {
+    "batch_size": "training.batch_size",
+    "train_steps": "training.num_train_steps",
+    "sk": "training.skewness",
+    "ds": "training.distance",
+    **{field.name: f"sparsity.{field.name}" for field in dataclasses.fields(SparsityConfig)},
+}
 
 
 def train_run(
@@ -64,6 +73,7 @@ def train_run(
         state = _state_to_resume(args, paths, said)
     config, notices = _training_config(args, task, tasks[task], state)
     notices = said + notices
+    given_masks = _given_masks(config)
     stored = (state.training or {}).get("resolved", {}) if state is not None else {}
     device = resolve_device(args.device, launch)
     memory.keep_freed_memory()
@@ -71,16 +81,6 @@ def train_run(
         args.precision, "auto", stored, "precision", lambda: resolve_precision("auto", device)
     )
     precision = resolve_precision(precision, device)
-    pattern = _taken_over(args.pattern, None, stored, "pattern", lambda: "learned")
-    when = _taken_over(args.transition_when, None, stored, "when", lambda: "settled")
-    max_dense_steps = _taken_over(
-        args.max_dense_steps, None, stored, "max_dense_steps", lambda: None
-    )
-    if max_dense_steps == 0 and pattern == "learned":
-        raise UserError(
-            "--max_dense_steps 0 leaves nothing to learn a pattern from; add --pattern band or "
-            "--pattern random"
-        )
     backend = resolve_backend(args.backend, device)
     datasets: tuple[Dataset, Dataset]
     if args.dry_run:
@@ -104,8 +104,6 @@ def train_run(
     model = build_model(config.model, backend).to(device)
     options = RunOptions(
         seed=args.random,
-        pattern=pattern,
-        max_dense_steps=max_dense_steps,
         patience=stored.get("patience") if args.patience is None else args.patience,
         stop_after=args.stop_after,
         micro_batch_size=micro,
@@ -137,7 +135,7 @@ def train_run(
         train_data=datasets[0],
         dev_data=datasets[1],
         stop=StopSignal(),
-        criterion=TransitionCriterion(config.training.skewness, config.training.distance, when),
+        given_masks=given_masks,
     )
     try:
         if args.dry_run:
@@ -276,17 +274,12 @@ def _training_config(
     change."""
     base = task_dict if state is None else state.config
     assert base is not None
-    flags = {
-        "batch_size": args.batch_size,
-        "train_steps": args.train_steps,
-        "skewness": args.sk,
-        "distance": args.ds,
-    }
-    config, notices = build_config(task, base, settings=args.set, **flags)
+    flags = {path: getattr(args, name) for name, path in FLAGS.items()}
+    config, notices = build_config(task, base, settings=args.set, flags=flags)
     if state is None:
         return config, notices
     resumed = TaskConfig.from_dict(base)
-    for section in ("model", "training"):
+    for section in ("model", "training", "sparsity"):
         before, now = getattr(resumed, section).as_dict(), getattr(config, section).as_dict()
         for name, value in before.items():
             # how often a checkpoint is written changes nothing else
@@ -299,6 +292,20 @@ def _training_config(
     save_seconds = config.training.save_seconds
     training = dataclasses.replace(resumed.training, save_seconds=save_seconds)
     return dataclasses.replace(resumed, training=training), []
+
+
+def _given_masks(config: TaskConfig) -> torch.Tensor | None:
+    """bool [L, nb, nb] of --masks, checked against the model."""
+    path, model = config.sparsity.masks, config.model
+    if path is None:
+        return None
+    masks = load_masks(path)
+    shape = [model.num_layers, model.num_blocks, model.num_blocks]
+    if list(masks.shape) != shape:
+        raise UserError(f"the block masks in {path} are {list(masks.shape)}, the model's {shape}")
+    if model.tied_weights and not bool((masks == masks[0]).all()):
+        raise UserError(f"the block masks in {path} differ between layers, whose weights are tied")
+    return masks
 
 
 def _taken_over(

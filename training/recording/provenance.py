@@ -25,9 +25,9 @@ def resolved_settings(run: Run) -> dict[str, Any]:
     """What was decided at the start and a resumed run takes over."""
     return {
         "seed": run.options.seed,
-        "pattern": run.options.pattern,
-        "when": run.criterion.when,
-        "max_dense_steps": run.options.max_dense_steps,
+        "pattern": run.config.sparsity.pattern,
+        "when": run.config.sparsity.transition_when,
+        "max_dense_steps": run.config.sparsity.max_dense_steps,
         "patience": run.options.patience,
         "micro_batch_size": run.options.micro_batch_size,
         "precision": run.options.precision,

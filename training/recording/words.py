@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 import kernels
-from sparsity.criteria import Decision
+from sparsity import PATTERNS, Verdict
+from sparsity.observe import Observation, describe_masks
 from training import memory
 from training.evaluation import Evaluation
 from training.recording.checkpoint import TrainState
@@ -40,13 +41,16 @@ def run_started(run: Run, notices: list[str], unused: list[str], command: str) -
         f"{training.warmup} warm-up steps"
     )
     log.line(f"rule: {run.criterion.describe()}")
-    if options.max_dense_steps is not None:
-        log.line(
-            f"      at the latest after {options.max_dense_steps} dense steps (--max_dense_steps)"
-        )
+    limit = config.sparsity.max_dense_steps
+    if limit is not None and not run.criterion.is_budget:
+        log.line(f"      at the latest after {limit} dense steps (--max_dense_steps)")
+    pattern = PATTERNS[config.sparsity.pattern]
+    count = (
+        f", {model.num_active_blocks} of {model.num_blocks**2} a layer (density {model.density:g})"
+    )
     log.line(
-        f"blocks: {options.pattern}, {model.num_active_blocks} of {model.num_blocks**2} a layer "
-        f"(density {model.density:g})"
+        f"blocks: {config.sparsity.pattern} ({pattern.description})"
+        f"{'' if pattern.own_count else count}"
     )
     micro = options.micro_batch_size
     log.line(
@@ -72,7 +76,9 @@ def run_started(run: Run, notices: list[str], unused: list[str], command: str) -
         num_train_steps=training.num_train_steps,
         skewness=training.skewness,
         distance=training.distance,
-        when=run.criterion.when,
+        pattern=config.sparsity.pattern,
+        when=config.sparsity.transition_when,
+        thresholds=run.criterion.thresholds,
     )
     begin_session(run, command)
     log.hparams(hyperparameters(run))
@@ -81,7 +87,11 @@ def run_started(run: Run, notices: list[str], unused: list[str], command: str) -
 def hyperparameters(run: Run) -> dict[str, Any]:
     """The configuration and what was resolved at the start, flat."""
     config = run.config
-    sections = {"model": config.model.as_dict(), "training": config.training.as_dict()}
+    sections = {
+        "model": config.model.as_dict(),
+        "training": config.training.as_dict(),
+        "sparsity": config.sparsity.as_dict(),
+    }
     flat = {f"{name}.{key}": v for name, values in sections.items() for key, v in values.items()}
     return {"task": config.task, **flat, **resolved_settings(run)}
 
@@ -113,10 +123,20 @@ def backend_text(run: Run) -> str:
 TIMED_STEPS = (3, 20)  # when the time to come is estimated
 
 
-def step_done(run: Run, result: StepResult, decision: Decision | None) -> None:
+# lists of L in every training step's event, null where they are not defined (in the sparse phase)
+OF_LAYERS = (
+    *("skewness", "distance", "change_percent", "kept_mass", "best_mass", "chance_mass"),
+    *("agreement", "capture"),
+)
+
+
+def step_done(run: Run, result: StepResult, verdict: Verdict | None) -> None:
     peak = memory.peak_bytes(run.device)
     num_layers = run.config.model.num_layers
-    undefined: list[float | None] = [None] * num_layers
+    values: dict[str, list[float | None]] = {name: [None] * num_layers for name in OF_LAYERS}
+    if verdict is not None and run.observation is not None:
+        values |= run.observation.values
+        values |= {name: column or [None] * num_layers for name, column in verdict.values.items()}
     run.log.event(
         "train",
         step=run.step,
@@ -128,9 +148,7 @@ def step_done(run: Run, result: StepResult, decision: Decision | None) -> None:
         gradient_norm=result.gradient_norm,
         loss_scale=result.loss_scale,
         skipped=result.skipped,
-        skewness=decision.skewness if decision else undefined,
-        distance=decision.distance if decision else undefined,
-        change_percent=decision.change_percent if decision else undefined,
+        **values,
         seconds=run.seconds,
         peak_memory_bytes=peak,
     )
@@ -142,17 +160,14 @@ def step_done(run: Run, result: StepResult, decision: Decision | None) -> None:
         "train/gradient_norm": result.gradient_norm,
         "train/loss_scale": result.loss_scale,
     }
-    if decision is not None:
-        for layer in range(num_layers):
-            tag = f"criterion/layer{layer}"
-            scalars[f"{tag}/skewness"] = decision.skewness[layer]
-            scalars[f"{tag}/distance"] = decision.distance[layer]
-            scalars[f"{tag}/change_percent"] = decision.change_percent[layer]
+    for name, column in values.items():
+        for layer, value in enumerate(column):
+            scalars[f"criterion/layer{layer}/{name}"] = value
     run.log.scalars(run.step, scalars)
 
     per_step = run.seconds / run.step
     best = "" if run.best_accuracy is None else f" dev {run.best_accuracy:.3f}"
-    held = f" | {decision.reason}" if decision is not None and not decision.transition else ""
+    held = f" | {verdict.reason}" if verdict is not None and not verdict.ready else ""
     run.log.progress(
         run.step, f"{run.phase} loss {result.loss:.3f}{best} {per_step * 1e3:.0f} ms/step{held}"
     )
@@ -163,8 +178,8 @@ def step_done(run: Run, result: StepResult, decision: Decision | None) -> None:
             f"take {whole} at this "
             f"pace, sparse steps are faster; peak memory {memory.human(peak)}"
         )
-    if decision is not None and not decision.transition and run.step % OUTLOOK_EVERY == 0:
-        run.log.line(f"step {run.step}, still dense: {decision.reason}")
+    if verdict is not None and not verdict.ready and run.step % OUTLOOK_EVERY == 0:
+        run.log.line(f"step {run.step}, still dense: {verdict.reason}")
         run.log.line(f"  {run.criterion.outlook()}")
 
 
@@ -214,8 +229,11 @@ def evaluation_done(run: Run, result: Evaluation, saved: bool) -> None:
     )
 
 
-def transition_done(run: Run, reason: str, scores: Tensor, masks: Tensor) -> None:
+def transition_done(run: Run, reason: str, observation: Observation, masks: Tensor) -> None:
     log = run.log
+    values = {}
+    if observation.smoothed is not None:
+        values = describe_masks(observation.smoothed, masks, observation.uniform)
     log.line(f"transition to sparse attention after step {run.step} ({reason})")
     for layer, mask in enumerate(masks):
         empty = int((~mask.any(dim=1)).sum())
@@ -223,6 +241,12 @@ def transition_done(run: Run, reason: str, scores: Tensor, masks: Tensor) -> Non
             f"  layer {layer}: {int(mask.sum())} of {mask.numel()} blocks kept, {empty} of "
             f"{len(mask)} block rows without one"
         )
+        if values:
+            kept, best = (values[name][layer] or 0 for name in ("kept_mass", "best_mass"))
+            log.line(
+                f"  layer {layer} keeps {kept:.1%} of the attention in "
+                f"{mask.double().mean():.1%} of the blocks; the best blocks hold {best:.1%}"
+            )
     log.event(
         "transition",
         step=run.step,
@@ -230,15 +254,18 @@ def transition_done(run: Run, reason: str, scores: Tensor, masks: Tensor) -> Non
         reason=reason,
         seconds=run.seconds,
         active_blocks=[int(mask.sum()) for mask in masks],
+        **values,
     )
     if not run.world.is_main or run.paths is None:
         return
     log.line(f"block masks: {run.paths.masks}")
-    attention = None
+    attention = None if observation.smoothed is None else observation.smoothed.numpy()
     if run.mean_attention is not None:
         attention = run.mean_attention.mean(dim=1).cpu().numpy()
     path = run.paths.log.with_suffix(".transition.png")
-    pixels = draw_transition(path, attention, scores.numpy(), masks.numpy(), run.step)
+    pixels = draw_transition(
+        path, attention, observation.pattern_scores.numpy(), masks.numpy(), run.step
+    )
     log.image(run.step, "transition", pixels)
     log.line(f"picture of mean attention and kept blocks: {path}")
 
@@ -262,8 +289,8 @@ def training_done(run: Run) -> None:
         log.line("the run ended without a transition: its whole training was dense")
         log.line(f"  {run.criterion.outlook()}")
         log.line(
-            "  try a lower --sk, a higher --ds, more steps, a larger batch (less noise in the "
-            "change), or --max_dense_steps N"
+            f"  try {run.criterion.remedy}, more steps, a larger batch (less noise), or "
+            f"--max_dense_steps N"
         )
 
 

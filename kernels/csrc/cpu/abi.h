@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#define SAT_ABI 2
+#define SAT_ABI 3
 #define SAT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // What exported functions return.

@@ -33,6 +33,8 @@ struct SatStatistics {
     float* mean;               // [groups, N, N], added to; or null
     double* pooled_sum;        // [groups, nb, nb] sums over the group's heads of block means
     double* square_sum;        // [groups, nb] sums of their squares over heads and a row of blocks
+    const float* row_weights;  // [B, N], or null: all rows weigh 1 and no real_sum is asked for
+    double* real_sum;          // [groups, nb, nb], zeroed: as pooled_sum, of rows by their weight
     int64_t B, H, N, d, bs, groups;
     int64_t type;
     int64_t threads;

@@ -780,11 +780,7 @@ struct Statistics {
             sweep<KEPT>(k_head, real, s);
         }
         for (int v = 0; v < NV; ++v) store(s.inverse + v * W, 1.0f / load(s.total + v * W));
-        for (long c = 0; c < nb; ++c) {
-            vec block{};
-            for (int v = 0; v < NV; ++v) block += load(s.sums + c * T + v * W) * load(s.inverse + v * W);
-            pooled[c] += _mm512_reduce_add_ps(block);
-        }
+        pool<T>(call, b, row, s.sums, s.inverse, pooled);
     }
 
     // Adds a tile of the probabilities that wait to the mean.

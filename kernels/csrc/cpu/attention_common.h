@@ -84,6 +84,28 @@ Blocks blocks_of(const int32_t* offsets, const int32_t* list, long index, long n
 
 // ---- statistics ----
 
+// Adds the sums over a tile of T queries and the keys of each block, `sums` [nb][T] times `inverse` [T], to pooled [nb], and
+// weighted by row to real_sum.
+template <int T>
+void pool(const SatStatistics& call, long b, long row, const float* sums, const float* inverse, float* pooled) {
+    const long nb = call.N / call.bs;
+    vec weights[T / W];
+    double* real_sum = nullptr;
+    if (call.row_weights) {
+        const float* of_rows = call.row_weights + b * call.N + row;
+        real_sum = call.real_sum + (b / (call.B / call.groups) * nb + row / call.bs) * nb;
+        for (int v = 0; v < T / W; ++v) weights[v] = load(of_rows + v * W) * load(inverse + v * W);
+    }
+    for (long c = 0; c < nb; ++c, sums += T) {
+        vec block{}, of_real{};
+        for (int v = 0; v < T / W; ++v) block += load(sums + v * W) * load(inverse + v * W);
+        pooled[c] += sum(block);
+        if (!real_sum) continue;
+        for (int v = 0; v < T / W; ++v) of_real += load(sums + v * W) * weights[v];
+        real_sum[c] += static_cast<double>(sum(of_real)) / (call.bs * call.bs);
+    }
+}
+
 // `pooled` [heads of a group][nb]: sums over the blocks of row r. Their means, and the squares of those, summed over heads.
 void sum_pooled(const SatStatistics& call, long group, long r, const float* pooled) {
     const long nb = call.N / call.bs, heads = call.B / call.groups * call.H;

@@ -778,11 +778,7 @@ struct Statistics {
             sweep(key, &key, real, s);
         }
         for (int v = 0; v < NV; ++v) store(s.inverse + v * W, 1.0f / load(s.total + v * W));
-        for (long c = 0; c < nb; ++c) {
-            vec block{};
-            for (int v = 0; v < NV; ++v) block += load(s.sums + c * TI + v * W) * load(s.inverse + v * W);
-            pooled[c] += sum(block);
-        }
+        pool<TI>(call, b, row, s.sums, s.inverse, pooled);
         if (call.mean) each_tile(real, [&](long first, const uint8_t*) { add_probs(s, first); });
     }
 

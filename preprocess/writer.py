@@ -1,45 +1,32 @@
-"""Writes the data pickles, and what every create_*.py needs around that.
+"""Writes the data pickles of a task and its manifest, all of them or none.
 
 A data pickle is a list of dicts (docs/data.md, "The files"). `SplitWriter` streams it to disk one
-example at a time, so memory stays the same for ten examples or ten million, and renames it into
-place only when it is complete:
+example at a time, so memory stays the same for ten examples or ten million:
 
-    with writer.open_splits(output_dir, "lra-text", ("train", "dev", "test")) as splits:
-        splits["train"].add(input_ids_0=ids, label=np.int64(1))
+    with writer.open_set(output_dir, "lra-text", ("train", "dev", "test")) as files:
+        files["train"].add(input_ids_0=ids, label=np.int64(1))
 
 The opcodes are written by hand: the standard pickler remembers every object it has seen until the
 end of the list. They name `numpy.core`, which NumPy 1 and NumPy 2 both read (`numpy._core`, what
 NumPy 2 writes, is unknown to NumPy 1.24).
-
-The rest is shared by the scripts: options, `main` (errors as one sentence, exit codes), `Skips`,
-`BalancedLimit`, `progress`, and `map_ordered`, a parallel map whose results do not depend on the
-number of processes.
 """
 
-import argparse
-import collections
 import concurrent.futures
 import contextlib
-import errno
 import fcntl
 import hashlib
 import io
-import itertools
-import multiprocessing.connection
-import multiprocessing.pool
 import os
-import queue
 import shutil
-import signal
 import struct
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-DEFAULT_OUTPUT_DIR = Path("data/lra_processed")
+from training.data import manifest
+from training.errors import UserError
+
 BATCH = (
     1000  # items between two APPENDS, as the standard pickler does: bounds the unpickler's stack
 )
@@ -127,7 +114,7 @@ class SplitWriter:
     Until then it is `<name>.part`, removed on any error. What a killed run left there is
     overwritten, and that is said. Two runs
     at once: the second stops. Attributes: path, count (examples so far).
-    Raises: ValueError if the file cannot be made or if no example was added; OSError (disk full)
+    Raises: UserError if the file cannot be made or if no example was added; OSError (disk full)
     from `add` or at the end.
     """
 
@@ -158,7 +145,7 @@ class SplitWriter:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     file.close()
-                    raise ValueError(f"{self.path}: another run is writing this file") from None
+                    raise UserError(f"{self.path}: another run is writing this file") from None
                 except OSError:
                     pass  # a file system without locks
                 with contextlib.suppress(FileNotFoundError):
@@ -166,7 +153,7 @@ class SplitWriter:
                         break
                 file.close()  # between open and lock another run moved it into place
         except OSError as error:
-            raise ValueError(f"cannot write {self.path}: {error.strerror}") from error
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         if file.tell() > 0:
             self._notify(f"{self._part} was left by a run that did not finish: started anew")
             file.truncate(0)
@@ -213,12 +200,16 @@ class SplitWriter:
 
     def _wait(self, *works: concurrent.futures.Future) -> None:
         for work in works:
-            work.result()  # raises what the disk refused: the system reports that only once
+            try:
+                work.result()  # raises what the disk refused: the system reports that only once
+            except OSError as error:
+                error.filename = error.filename or str(self._part)
+                raise
 
     def finish(self) -> None:
         """Everything on disk, still under the temporary name."""
         if self.count == 0:
-            raise ValueError(f"{self.path}: there is no example to write")
+            raise UserError(f"{self.path}: there is no example to write")
         self._blocks[0].write(b"e.")
         self._write()
         self._wait(*self._writing, *self._syncing)
@@ -226,20 +217,15 @@ class SplitWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def facts(self) -> dict:
+        """What the manifest says about the finished file."""
+        size = self._file.tell()
+        return {"size": size, "sha256": self._hash.hexdigest(), "examples": self.count}
+
     def publish(self) -> None:
         """The file under its name."""
-        size = self._file.tell()
         os.replace(self._part, self.path)
         self._file.close()
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name too survives a power cut
-        finally:
-            os.close(folder)
-        self._notify(
-            f"{self.path}: {self.count:,} examples, {size / 1e6:,.1f} MB, "
-            f"sha256 {self._hash.hexdigest()}"
-        )
 
     def discard(self) -> None:
         """Nothing remains."""
@@ -260,6 +246,7 @@ class SplitWriter:
                 return
             self.finish()
             self.publish()
+            sync_folder(self.path.parent, self._notify)
 
 
 @contextlib.contextmanager
@@ -273,319 +260,94 @@ def _discarding(writers: Iterable[SplitWriter]) -> Iterator[None]:
         raise
 
 
+class DataSet(dict[str, SplitWriter]):
+    """A task's SplitWriters by split name; `facts` is what the manifest says besides the files.
+
+    before_publishing: called when all files are on the disk, none under its name yet; what it
+    raises leaves everything as it was.
+    """
+
+    def __init__(self):
+        self.facts: dict = {"about": [], "trial": "", "warnings": []}
+        self.before_publishing: Callable[[], None] = lambda: None
+
+
 @contextlib.contextmanager
-def open_splits(
+def open_set(
     output_dir, task: str, splits: Iterable[str] = ("train", "dev", "test"), *, notify=print
-) -> Iterator[dict[str, SplitWriter]]:
-    """One task's SplitWriters by split name; all files appear at the end of the block, or none."""
-    writers: dict[str, SplitWriter] = {}
-    with _discarding(writers.values()):
+) -> Iterator[DataSet]:
+    """A task's files, which appear at the end of the block, or none: the pickles, then the
+    manifest `<task>.json`. Without a split dev, dev is test's file: a hard link, or a copy.
+
+    While the pickles get their names the manifest says so: whoever finds it in that state knows
+    that a killed run left a mixture.
+    """
+    folder, files = Path(output_dir), DataSet()
+    with _discarding(files.values()):
         for split in splits:
-            writers[split] = SplitWriter(output_dir, task, split, notify=notify)
-        yield writers
-        for writer in writers.values():
-            writer.finish()
-        for writer in writers.values():
-            writer.publish()
+            files[split] = SplitWriter(folder, task, split, notify=notify)
+        yield files
+        for file in files.values():
+            file.finish()
+        files.before_publishing()
+        facts = {split: file.facts() for split, file in files.items()}
+        with _dev_beside(files) as publish_dev:
+            manifest.write(folder, task, {"replacing": True})
+            for file in files.values():
+                file.publish()
+            publish_dev()
+        if "dev" not in facts:
+            facts["dev"] = facts["test"]
+        sync_folder(folder, notify)
+        manifest.write(folder, task, files.facts | {"splits": facts})
+    for split, fact in facts.items():
+        path = folder / f"{task}.{split}.pickle"
+        same = " (the same file as test)" if split not in files else ""
+        notify(
+            f"{path}: {fact['examples']:,} examples, {fact['size'] / 1e6:,.1f} MB, "
+            f"sha256 {fact['sha256']}{same}"
+        )
+
+
+@contextlib.contextmanager
+def _dev_beside(files: DataSet) -> Iterator[Callable[[], None]]:
+    """Makes test's file ready as dev's, if dev has none; gives the function that names it."""
+    if "dev" in files:
+        yield lambda: None
+        return
+    test, dev = files["test"]._part, files["test"].path
+    dev = dev.with_name(dev.name.replace(".test.", ".dev."))
+    part = dev.with_name(dev.name + ".part")
+    try:
+        part.unlink(missing_ok=True)
+        try:
+            os.link(test, part)
+        except OSError:  # a file system without links
+            shutil.copyfile(test, part)
+        yield lambda: os.replace(part, dev)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path, notify: Callable[[str], None]) -> None:
+    """New names in `folder` survive a power cut, where the file system can promise that."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        notify(f"{folder}: its file system cannot sync folders ({error.strerror})")
+    finally:
+        os.close(number)
 
 
 def check_free_space(output_dir, num_bytes: int) -> None:
-    """Raises ValueError if `num_bytes` will not fit on the disk of `output_dir`."""
+    """Raises UserError if `num_bytes` will not fit on the disk of `output_dir`."""
     folder = Path(output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise ValueError(
+        raise UserError(
             f"{output_dir} needs {num_bytes / 1e9:,.1f} GB, "
             f"only {free / 1e9:,.1f} GB are free on its disk"
         )
-
-
-# ---- counting -----------------------------------------------------------------------------------
-
-
-class Skips:
-    """Counts the examples left out, by reason, and names the first few of each reason.
-
-    on_error: "stop" raises ValueError at the first one, "skip" goes on.
-    """
-
-    NAMED = 3
-
-    def __init__(self, on_error: str = "stop"):
-        self.on_error = on_error
-        self.counts: collections.Counter[str] = collections.Counter()
-        self._names: dict[str, list[str]] = {}
-
-    def skip(self, where: str, reason: str, *, always: bool = False) -> None:
-        """Leaves out the example at `where` ("file.tsv, row 17") for a reason that can be counted.
-
-        always: also under "stop" (for faults that the published sources are known to have).
-        """
-        if self.on_error == "stop" and not always:
-            raise ValueError(
-                f"{where}: {reason} (--on_error skip leaves such examples out and counts them)"
-            )
-        self.counts[reason] += 1
-        names = self._names.setdefault(reason, [])
-        if len(names) < self.NAMED:
-            names.append(where)
-
-    def report(self, notify: Callable[[str], None] = print) -> None:
-        """One line a reason; nothing if nothing was skipped."""
-        for reason, count in sorted(self.counts.items()):
-            names = ", ".join(self._names[reason]) + (" ..." if count > self.NAMED else "")
-            notify(f"skipped {count:,}: {reason} ({names})")
-
-
-class BalancedLimit:
-    """Which examples `--limit` keeps: the first of each label 0..num_classes-1, `limit` in all.
-
-    limit None keeps all. `full` is True once every label has its share, so that reading can stop.
-    """
-
-    def __init__(self, limit: int | None, num_classes: int):
-        self._left: dict[int, int] | None = None
-        if limit is not None:
-            share, rest = divmod(limit, num_classes)
-            self._left = {label: share + (label < rest) for label in range(num_classes)}
-
-    @property
-    def full(self) -> bool:
-        return self._left is not None and not any(self._left.values())
-
-    def take(self, label) -> bool:
-        """Whether this example is kept; counts it if so."""
-        if self._left is None:
-            return True
-        if self._left.get(int(label), 0) == 0:
-            return False
-        self._left[int(label)] -= 1
-        return True
-
-
-# ---- the scripts' frame -------------------------------------------------------------------------
-
-
-def positive(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def add_common_options(
-    parser: argparse.ArgumentParser,
-    *,
-    errors: bool = True,
-    seed: str | None = None,
-    workers: bool = True,
-) -> None:
-    """--output_dir, --limit; --on_error if `errors`; --seed if `seed` says what it seeds;
-    --workers."""
-    group = parser.add_argument_group("common to all create_*.py")
-    group.add_argument(
-        "--output_dir",
-        type=Path,
-        default=DEFAULT_OUTPUT_DIR,
-        help="folder of the pickles (default: %(default)s)",
-    )
-    group.add_argument(
-        "--limit",
-        type=positive,
-        metavar="N",
-        help="a quick look: at most N examples a split, evenly over the classes (default: all)",
-    )
-    if errors:
-        group.add_argument(
-            "--on_error",
-            choices=("stop", "skip"),
-            default="stop",
-            help="stop at a broken example, or skip, count and report it (default: %(default)s)",
-        )
-    if seed is not None:
-        group.add_argument(
-            "--seed", type=int, default=0, help=f"seeds {seed} (default: %(default)s)"
-        )
-    if workers:
-        group.add_argument(
-            "--workers",
-            type=positive,
-            default=num_cores(),
-            metavar="N",
-            help="processes; the result does not depend on it (default: all %(default)s cores)",
-        )
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-
-
-def progress(total: int | None, description: str, unit: str = "example"):
-    """A tqdm bar on stderr; silent where stderr is no terminal."""
-    return tqdm(
-        total=total, desc=description, unit=unit, unit_scale=True, disable=None, leave=False
-    )
-
-
-class _Terminated(BaseException):
-    """SIGTERM, as an exception: the same way out as SIGINT."""
-
-
-def _raise_terminated(number, frame):
-    raise _Terminated
-
-
-def main(function: Callable[[], None]) -> int:
-    """Runs a script's body; its exit code: 0; 2 or, if a worker died, 1 (one sentence on
-    stderr); 130 or 143 (a signal)."""
-    signal.signal(signal.SIGTERM, _raise_terminated)
-    sys.setswitchinterval(1e-4)  # seconds: threads that write or wait for workers get their turn
-    try:
-        function()
-    except KeyboardInterrupt:
-        print(
-            "interrupted: nothing half-written is left, run it again to start anew",
-            file=sys.stderr,
-        )
-        return 130
-    except _Terminated:
-        print(
-            "terminated: nothing half-written is left, run it again to start anew", file=sys.stderr
-        )
-        return 143
-    except WorkerDied as error:
-        print(
-            f"error: a worker process was killed (exit code {error}; -9: most often because the "
-            "memory is full), nothing half-written is left; try --workers 1",
-            file=sys.stderr,
-        )
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _sentence(error: ValueError | OSError) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; nothing half-written is left (--output_dir names another place)"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'cannot write'}: {error.strerror}"
-    return str(error)
-
-
-# ---- parallel work ------------------------------------------------------------------------------
-
-
-def chunks(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` consecutive items (the last may be shorter)."""
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
-
-
-class WorkerDied(Exception):
-    """A worker process ended without an answer."""
-
-
-def _work(connection: multiprocessing.connection.Connection) -> None:
-    """A worker's life: (function, item) in; (True, result) or (False, exception) out."""
-    # the end of the pipe: the parent is done, or gone
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            function, item = connection.recv()
-            try:
-                answer = True, function(item)
-            except Exception as error:
-                answer = (
-                    False,
-                    multiprocessing.pool.ExceptionWithTraceback(error, error.__traceback__),
-                )
-            connection.send(answer)
-
-
-def _start_workers(count: int) -> list[tuple]:
-    """(process, connection) each. Spawned, not forked: tensorflow's threads do not survive a fork.
-
-    SIGINT and SIGTERM are blocked in them from their first instruction on: the parent decides.
-    """
-    context = multiprocessing.get_context("spawn")
-    started = []
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()  # ours alone: a dead worker is the end of the pipe
-            started.append((process, ours))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    return started
-
-
-@contextlib.contextmanager
-def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator[Iterator]:
-    """map(function, items) over processes: results in order, a few items per process in flight.
-
-        with map_ordered(function, items, workers) as results:
-            for result in results: ...
-
-    items: best chunks that take some 10 ms or more. function: a module-level function (it is sent
-    by name). Leaving the block ends the processes, whatever they are at.
-    Raises: what `function` raises; WorkerDied.
-
-    A pipe and a thread for each process, nothing shared: a process that is killed at any moment,
-    also in the middle of its answer, is the end of its pipe and of nothing else. (The executor of
-    the standard library shares one pipe for all answers and waits for ever for the rest of one.)
-    """
-    items = iter(items)
-    first = list(itertools.islice(items, 2))
-    items = itertools.chain(first, items)
-    if workers == 1 or len(first) < 2:
-        yield map(function, items)
-        return
-    idle: queue.SimpleQueue = queue.SimpleQueue()
-
-    def call(item):
-        process, connection = idle.get()
-        try:
-            connection.send((function, item))
-            done, answer = connection.recv()
-        except (EOFError, OSError) as error:
-            process.join()
-            raise WorkerDied(process.exitcode) from error
-        finally:
-            idle.put((process, connection))
-        if not done:
-            raise answer
-        return answer
-
-    def results():
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        for item in items:
-            pending.append(threads.submit(call, item))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-    started = _start_workers(workers)
-    threads = concurrent.futures.ThreadPoolExecutor(workers)
-    try:
-        for worker in started:
-            idle.put(worker)
-        yield results()
-    finally:
-        for process, _ in started:
-            process.kill()
-        threads.shutdown(wait=True, cancel_futures=True)
-        for process, connection in started:
-            process.join()
-            connection.close()

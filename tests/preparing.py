@@ -3,24 +3,37 @@
 import collections
 import io
 import pickle
-import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from preprocess import writer
+from preprocess import driver, sources
 
 
-def run(function, *options) -> int:
-    """The exit code of a create script's body with these options on its command line."""
-    saved = sys.argv
-    sys.argv = ["create", *map(str, options)]
+def run(task: driver.Task, *options, whole: bool = False) -> int:
+    """The exit code of a task's command with these options.
+
+    whole: without --allow_partial, which small sources need.
+    """
     try:
-        return writer.main(function)
-    finally:
-        sys.argv = saved
+        return driver.main(task, [*map(str, options), *([] if whole else ["--allow_partial"])])
+    except SystemExit as stopped:  # argparse
+        return stopped.code
+
+
+def job(on_error: str = "stop"):
+    """What a source needs of a run."""
+    return types.SimpleNamespace(skips=driver.Skips(on_error), full=lambda split: False)
+
+
+def csv_examples(task: driver.Task, data: bytes) -> list[tuple[bytes, int]]:
+    """(text, label) of the rows of one CSV file. Raises ValueError."""
+    source = next(source for source in task.sources if isinstance(source, sources.Csv))
+    rows = source.read_file(job(), "train", "file", io.BytesIO(data), {})
+    return [(text, label) for _, _, text, label in rows]
 
 
 def examples(output_dir: Path, task: str, split: str) -> collections.Counter:

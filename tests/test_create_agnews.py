@@ -8,9 +8,9 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from preparing import error_of, examples, lay_out, padded, prepare_tfds, run, tar
+from preparing import csv_examples, error_of, examples, lay_out, padded, prepare_tfds, run, tar
 
-from preprocess import byte_task, create_agnews, writer
+from preprocess.tasks.news import TASK
 
 ROWS = [
     (1, "Title, with comma", 'World "news", here'),
@@ -24,10 +24,6 @@ ROWS = [
     (1, "", "no title"),
     (2, "t", "line\nbreak"),
 ]
-
-
-def script():
-    byte_task.run(create_agnews.TASK)
 
 
 def csv_bytes(rows, line_end="\n") -> bytes:
@@ -61,8 +57,7 @@ def theirs(path):
 
 def ours(data: bytes):
     try:
-        rows = create_agnews.read_rows(io.BytesIO(data), "file", writer.Skips())
-        return [(text, label) for _, text, label in rows]
+        return csv_examples(TASK, data)
     except ValueError:
         return None
 
@@ -77,7 +72,7 @@ def test_every_form_of_the_source(tmp_path, form, capsys):
         folder = "" if form == "flat tar" else "ag_news_csv/"
         named = {folder + name: data for name, data in reversed(FILES.items())}
         source.write_bytes(tar(named, "w" if form == "flat tar" else "w:gz"))
-    assert run(script, "--source", source, "--output_dir", tmp_path / "out") == 0
+    assert run(TASK, "--source", source, "--output_dir", tmp_path / "out") == 0
     assert examples(tmp_path / "out", "lra-news1", "train") == expected(ROWS)
     for split in ("dev", "test"):
         assert examples(tmp_path / "out", "lra-news1", split) == expected(ROWS[:4])
@@ -97,7 +92,6 @@ BAD = {
     "blank line": (b"", "blank line"),
     "two columns": (b'"1","title"', "2 columns, expected class, title and description"),
     "four columns": (b'"1","title","text","more"', "4 columns, expected"),
-    "class 0": (b'"0","title","text"', "the class is not 1, 2, 3 or 4"),
     "class 5": (b'"5","title","text"', "the class is not 1, 2, 3 or 4"),
     "header": (b'"Class Index","Title","Description"', "the class is not 1, 2, 3 or 4"),
     "no class": (b'"","title","text"', "the class is not 1, 2, 3 or 4"),
@@ -111,12 +105,12 @@ def test_bad_rows_stop_or_are_skipped_counted_and_named(tmp_path, capsys, kind):
     data = FILES["test.csv"] + row + b'\n"1","t","last"\n'
     lay_out(tmp_path / "in", FILES | {"test.csv": data})
     options = ["--source", tmp_path / "in", "--output_dir", tmp_path / "out"]
-    assert run(script, *options) == 2
+    assert run(TASK, *options) == 2
     assert "test.csv, line 5: " + says in error_of(capsys)
     if kind != "four columns":  # TFDS overlooks the fourth
         assert theirs(tmp_path / "in/test.csv") is None
     assert not list((tmp_path / "out").glob("*"))
-    assert run(script, *options, "--on_error", "skip") == 0
+    assert run(TASK, *options, "--on_error", "skip") == 0
     found = examples(tmp_path / "out", "lra-news1", "test")
     assert found == expected(ROWS[:4]) + expected([(1, "t", "last")])
     assert "skipped 1: " + says in capsys.readouterr().out
@@ -125,14 +119,14 @@ def test_bad_rows_stop_or_are_skipped_counted_and_named(tmp_path, capsys, kind):
 def test_a_file_cut_off_inside_a_field_is_noticed(tmp_path, capsys):
     """TFDS would take the shortened text for a whole one."""
     lay_out(tmp_path / "in", FILES | {"test.csv": FILES["test.csv"][:-20]})
-    assert run(script, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 2
+    assert run(TASK, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 2
     assert "test.csv, line 4: the file ends inside a quoted field" in error_of(capsys)
 
 
 def test_other_encodings_keep_their_bytes(tmp_path, capsys):
     data = '"1","t","caf\xe9"\n'.encode("latin-1")
     lay_out(tmp_path / "in", {"train.csv": data, "test.csv": data})
-    assert run(script, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    assert run(TASK, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
     found = examples(tmp_path / "out", "lra-news1", "train")
     assert found == {(padded(b"caf\xe9", 1000, 1024), 0): 1}
     assert "2 texts are not valid UTF-8" in capsys.readouterr().out
@@ -140,7 +134,7 @@ def test_other_encodings_keep_their_bytes(tmp_path, capsys):
 
 def test_a_line_that_never_ends_does_not_fill_the_memory(tmp_path, capsys):
     lay_out(tmp_path / "in", {"train.csv": b"x" * (1 << 21), "test.csv": FILES["test.csv"]})
-    assert run(script, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 2
+    assert run(TASK, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 2
     assert "train.csv, line 1: longer than 1,048,576 bytes" in error_of(capsys)
 
 
@@ -155,7 +149,7 @@ def test_a_line_that_never_ends_does_not_fill_the_memory(tmp_path, capsys):
 def test_incomplete_folders(tmp_path, capsys, files, says):
     (tmp_path / "in").mkdir()
     lay_out(tmp_path / "in", files)
-    assert run(script, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 2
+    assert run(TASK, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 2
     assert says in error_of(capsys)
 
 
@@ -166,7 +160,7 @@ def test_tfds(tmp_path):
     ]
     features = {"title": "text", "description": "text", "label": labels}
     prepare_tfds(tmp_path, "ag_news_subset", features, {"train": rows, "test": rows[:4]})
-    assert run(script, "--tfds_dir", tmp_path, "--output_dir", tmp_path / "out") == 0
+    assert run(TASK, "--tfds_dir", tmp_path, "--output_dir", tmp_path / "out") == 0
     assert examples(tmp_path / "out", "lra-news1", "train") == expected(ROWS)
     assert examples(tmp_path / "out", "lra-news1", "dev") == expected(ROWS[:4])
 
@@ -195,7 +189,7 @@ def test_fuzzed_files(tmp_path):
         wanted, found = theirs(path), ours(data)
         if found is None and wanted is not None:
             with pytest.raises(ValueError, match=r"ends inside a quoted field|[4-9] columns"):
-                list(create_agnews.read_rows(io.BytesIO(data), "file", writer.Skips()))
+                csv_examples(TASK, data)
         else:
             assert found == wanted, data
             both += wanted is not None

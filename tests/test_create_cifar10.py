@@ -1,6 +1,7 @@
 """lra-image from pictures, the original batches and TFDS: gray values, order, splits, faults."""
 
 import collections
+import dataclasses
 import io
 import itertools
 import pickle
@@ -14,8 +15,8 @@ import pytest
 from PIL import Image
 from preparing import error_of, examples, lay_out, run, tar
 
-from preprocess import create_cifar10 as cifar
-from preprocess import writer
+from preprocess import driver, encode, writer
+from preprocess.tasks import image as cifar
 
 SPLITS = ("train", "dev", "test")
 
@@ -53,7 +54,7 @@ def differing(reds) -> int:
     count = 0
     for red in reds:
         rgb = colours([red])
-        gray = cifar.gray(rgb).astype(np.int64)
+        gray = encode.gray(rgb).astype(np.int64)
         assert np.array_equal(gray, step_by_step(rgb))
         difference = np.abs(gray - in_integers(rgb))
         assert difference.max() <= 1
@@ -63,7 +64,7 @@ def differing(reds) -> int:
 
 def test_gray_values():
     assert differing(range(0, 256, 51)) == 8
-    assert cifar.gray(np.array([[0, 0, 0], [255, 255, 255]], np.uint8)).tolist() == [0, 255]
+    assert encode.gray(np.array([[0, 0, 0], [255, 255, 255]], np.uint8)).tolist() == [0, 255]
 
 
 @pytest.mark.slow
@@ -142,7 +143,7 @@ def test_every_form_of_pictures(tmp_path, form, capsys):
     others = {"README": b"read me", "train/cat/Thumbs.db": b"x", "train/cat/._0001.png": b"x"}
     files = {top + name: data for name, data in (others | FILES).items()}
     source = place(tmp_path, files, form)
-    assert run(cifar.run, "--source", source, "--output_dir", tmp_path / "out") == 0
+    assert run(cifar.TASK, "--source", source, "--output_dir", tmp_path / "out") == 0
     for split in SPLITS:
         assert examples(tmp_path / "out", "lra-image", split) == expected(split)
     assert "ignored 3 files that are no pictures" in capsys.readouterr().out
@@ -155,7 +156,7 @@ def test_other_picture_formats(tmp_path):
         path_of("test", "cat", 9): encoded(pixels_of(3)[..., 0]),  # one gray channel
     }
     source = place(tmp_path, files, "folder")
-    assert run(cifar.run, "--source", source, "--output_dir", tmp_path / "out") == 0
+    assert run(cifar.TASK, "--source", source, "--output_dir", tmp_path / "out") == 0
     found = examples(tmp_path / "out", "lra-image", "test") - expected("test")
     jpeg = np.asarray(Image.open(io.BytesIO(files[path_of("test", "cat", 8, "JPG")])))
     gray = np.repeat(pixels_of(3)[..., :1], 3, axis=2)
@@ -163,13 +164,14 @@ def test_other_picture_formats(tmp_path):
 
 
 def test_the_result_depends_on_the_seed_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar, "CHUNK", 7)  # several pieces of work in flight
+    small = tuple(dataclasses.replace(source, chunk=7) for source in cifar.TASK.sources[2:])
+    task = dataclasses.replace(cifar.TASK, sources=small)  # several pieces of work in flight
     contents = {}
     for form, workers, seed in itertools.product(("folder", "zip"), ("1", "2"), ("0", "1")):
         source = place(tmp_path, dict(reversed(FILES.items())), form)
         out = tmp_path / "out"
         options = ["--source", source, "--output_dir", out, "--workers", workers, "--seed", seed]
-        assert run(cifar.run, *options) == 0
+        assert run(task, *options) == 0
         data = [(out / f"lra-image.{split}.pickle").read_bytes() for split in SPLITS]
         assert contents.setdefault(seed, data) == data
     assert contents["0"] != contents["1"]
@@ -183,7 +185,7 @@ def test_limit_is_balanced(tmp_path, form):
         source = tmp_path / "batches"
         lay_out(source, batches("binary"))
     options = ["--source", source, "--output_dir", tmp_path / "out", "--limit", "13"]
-    assert run(cifar.run, *options) == 0
+    assert run(cifar.TASK, *options) == 0
     found = examples(tmp_path / "out", "lra-image", "train")
     counts = collections.Counter(label for _, label in found.elements())
     assert counts == {label: 2 if label < 3 else 1 for label in range(10)}
@@ -273,14 +275,14 @@ def test_every_form_of_the_batches_is_what_tfds_gives(tmp_path, in_tfds_order, f
     else:
         named = {inner + name: data for name, data in reversed(files.items())}
         source.write_bytes(tar(named) if packed == "tar.gz" else zipped(named))
-    assert run(cifar.run, "--source", source, "--output_dir", tmp_path / "out") == 0
+    assert run(cifar.TASK, "--source", source, "--output_dir", tmp_path / "out") == 0
     for split in SPLITS:
         assert in_order(tmp_path / "out", split) == in_tfds_order[split]
 
 
 def test_a_prepared_folder_gives_the_same(tmp_path, in_tfds_order):
     options = ["--tfds_dir", in_tfds_order["folder"], "--output_dir", tmp_path / "out"]
-    assert run(cifar.run, *options) == 0
+    assert run(cifar.TASK, *options) == 0
     for split in SPLITS:
         assert in_order(tmp_path / "out", split) == in_tfds_order[split]
 
@@ -307,7 +309,7 @@ def test_tfds(small_tfds, tmp_path):
 
     for below, out in (("", "out"), ("cifar10/3.0.2", "again")):
         options = ["--tfds_dir", small_tfds / below, "--output_dir", tmp_path / out]
-        assert run(cifar.run, *options) == 0
+        assert run(cifar.TASK, *options) == 0
     data = tfds.load("cifar10", data_dir=small_tfds, download=False)
     parts = {"train": ("train", 0, 450), "dev": ("train", 450, 500), "test": ("test", 0, 200)}
     for split, (origin, first, end) in parts.items():
@@ -334,7 +336,7 @@ def test_all_the_real_pictures(shared_data, tmp_path):
 def check_real_pictures(shared_data, tmp_path, limit):
     source = shared_data / "data/cifar10_images.zip"
     options = ["--source", source, "--output_dir", tmp_path / "out"]
-    assert run(cifar.run, *options, *(["--limit", limit] if limit else [])) == 0
+    assert run(cifar.TASK, *options, *(["--limit", limit] if limit else [])) == 0
     counts = {"train": 4500, "dev": 500, "test": 1000}  # a class
     with zipfile.ZipFile(source) as archive:
         for split, count in counts.items():
@@ -366,7 +368,7 @@ DAMAGED = {
     "cut PNG": (encoded(pixels_of(9))[:-40], "cut off or cannot be decoded"),
     "text": (b"<html>not found</html>", "cut off or cannot be decoded"),
     "too small": (encoded(pixels_of(9)[:31]), "is not 32x32 pixels"),
-    "large file": (b"\x89PNG" + bytes(2 << 20), "too large for a 32x32 picture"),
+    "large file": (b"\x89PNG" + bytes(2 << 20), "has more than 1,048,576 bytes"),
     "large picture": (encoded(np.zeros((2000, 2000), np.uint8)), "is not 32x32 pixels"),
 }
 
@@ -377,11 +379,11 @@ def test_damaged_pictures_stop_or_are_skipped_counted_and_named(tmp_path, capsys
     data, says = DAMAGED[kind]
     source = place(tmp_path, FILES | {path_of("test", "cat", 77, "jpg"): data}, form)
     options = ["--source", source, "--output_dir", tmp_path / "out"]
-    assert run(cifar.run, *options, "--workers", "1") == 2
+    assert run(cifar.TASK, *options, "--workers", "1") == 2
     err = error_of(capsys)
     assert "test/cat/0077.jpg: " in err and says in err and "--on_error skip" in err
     assert not list((tmp_path / "out").glob("*"))
-    assert run(cifar.run, *options, "--workers", "1", "--on_error", "skip") == 0
+    assert run(cifar.TASK, *options, "--workers", "1", "--on_error", "skip") == 0
     assert examples(tmp_path / "out", "lra-image", "test") == expected("test")
     out = capsys.readouterr().out
     assert "skipped 1: the " in out and says in out and "test/cat/0077.jpg" in out
@@ -390,7 +392,7 @@ def test_damaged_pictures_stop_or_are_skipped_counted_and_named(tmp_path, capsys
 def test_empty_pictures_are_always_skipped_counted_and_named(tmp_path, capsys):
     empty = {path_of("train", name, 3): b"" for name in ("cat", "dog")}
     source = place(tmp_path, FILES | empty, "zip")
-    assert run(cifar.run, "--source", source, "--output_dir", tmp_path / "out") == 0
+    assert run(cifar.TASK, "--source", source, "--output_dir", tmp_path / "out") == 0
     assert examples(tmp_path / "out", "lra-image", "train").total() == 178
     out = capsys.readouterr().out
     assert "skipped 2: the picture file is empty" in out and "train/cat/0003.png" in out
@@ -403,9 +405,9 @@ def test_a_member_of_the_zip_that_fails_its_checksum(tmp_path, capsys):
         data[archive.getinfo(name).header_offset + 200] ^= 255
     (tmp_path / "pictures.zip").write_bytes(data)
     options = ["--source", tmp_path / "pictures.zip", "--output_dir", tmp_path / "out"]
-    assert run(cifar.run, *options) == 2
-    assert f"{name}: the picture file cannot be read" in error_of(capsys)
-    assert run(cifar.run, *options, "--on_error", "skip") == 0
+    assert run(cifar.TASK, *options) == 2
+    assert f"{name}: the zip archive is damaged at this file" in error_of(capsys)
+    assert run(cifar.TASK, *options, "--on_error", "skip") == 0
     assert examples(tmp_path / "out", "lra-image", "train").total() == 179
 
 
@@ -469,7 +471,7 @@ def test_a_broken_source_is_one_sentence_and_no_files(tmp_path, capsys, kind):
     if files is not None:
         source.mkdir()
         lay_out(source, files)
-    assert run(cifar.run, "--source", source, "--output_dir", tmp_path / "out") == 2
+    assert run(cifar.TASK, "--source", source, "--output_dir", tmp_path / "out") == 2
     assert says in error_of(capsys)
     assert not list((tmp_path / "out").glob("*"))
 
@@ -478,14 +480,14 @@ def test_a_broken_source_is_one_sentence_and_no_files(tmp_path, capsys, kind):
 def test_a_broken_archive_is_one_sentence_and_no_files(tmp_path, capsys, kind):
     source = tmp_path / "in"
     data, says = {
-        "text": (b"hello", "is neither a folder nor a zip or tar archive"),
-        "empty": (b"", "is neither a folder nor a zip or tar archive"),
-        "cut zip": (zipped(FILES)[:-5000], "is neither a folder nor a zip or tar archive"),
+        "text": (b"hello", "is neither a folder nor an archive"),
+        "empty": (b"", "is neither a folder nor an archive"),
+        "cut zip": (zipped(FILES)[:-5000], "is neither a folder nor an archive"),
         "cut tar.gz": (tar(batches("binary"))[:-5000], "cut off, damaged or not a tar archive"),
         "zip of nothing": (zipped({}), "holds no pictures in train/airplane"),
     }[kind]
     source.write_bytes(data)
-    assert run(cifar.run, "--source", source, "--output_dir", tmp_path / "out") == 2
+    assert run(cifar.TASK, "--source", source, "--output_dir", tmp_path / "out") == 2
     assert says in error_of(capsys)
     assert not list((tmp_path / "out").glob("*"))
 
@@ -496,9 +498,9 @@ def test_labels_that_cannot_be_stop_or_are_skipped(tmp_path, capsys):
     harmed[5 * 3073] = 200
     lay_out(tmp_path / "in", files | {"data_batch_4.bin": bytes(harmed)})
     options = ["--source", tmp_path / "in", "--output_dir", tmp_path / "out"]
-    assert run(cifar.run, *options) == 2
+    assert run(cifar.TASK, *options) == 2
     assert "train picture 95: the label is not in 0..9" in error_of(capsys)
-    assert run(cifar.run, *options, "--on_error", "skip") == 0
+    assert run(cifar.TASK, *options, "--on_error", "skip") == 0
     total = sum(
         examples(tmp_path / "out", "lra-image", split).total() for split in ("train", "dev")
     )
@@ -510,16 +512,16 @@ def test_swapped_class_names_of_tfds(small_tfds, tmp_path, capsys):
     shutil.copytree(small_tfds, folder)
     names = folder / "cifar10/3.0.2/label.labels.txt"
     names.write_text("\n".join(reversed(cifar.CLASSES)) + "\n")
-    assert run(cifar.run, "--tfds_dir", folder, "--output_dir", tmp_path / "out") == 2
+    assert run(cifar.TASK, "--tfds_dir", folder, "--output_dir", tmp_path / "out") == 2
     assert "numbers its label truck, ship" in error_of(capsys)
 
 
 def test_nothing_to_read_says_what_to_do(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver, "DATA", tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert run(cifar.run) == 2
+    assert run(cifar.TASK, "--no_download") == 2
     err = error_of(capsys)
-    assert "no prepared TFDS cifar10" in err and "--source or --tfds_dir" in err
+    assert "no prepared TFDS cifar10" in err and "no cifar-10-binary.tar.gz" in err
 
 
 # ---- fuzz ---------------------------------------------------------------------------------------
@@ -555,7 +557,7 @@ def test_fuzzed_pictures():
     refused = 0
     for _ in range(10_000):
         try:
-            ids = cifar.picture_ids(harm(rng, rng.choice(bases)))
+            ids = cifar.encode_picture(harm(rng, rng.choice(bases)))
             assert ids.dtype == np.int32 and ids.shape == (1024,)
             assert 0 <= ids.min() <= ids.max() <= 255
         except ValueError:
@@ -597,7 +599,7 @@ def test_fuzzed_archives(tmp_path, kind, monkeypatch, capsys):
     for _ in range(10_000):
         source.write_bytes(harm(rng, base))
         options = ["--source", source, "--output_dir", tmp_path / "out", "--workers", "1"]
-        code = run(cifar.run, *options, "--on_error", rng.choice(("stop", "skip")))
+        code = run(cifar.TASK, *options, "--on_error", rng.choice(("stop", "skip")))
         captured = capsys.readouterr()
         assert code in (0, 2) and captured.err.count("\n") == (code == 2), captured.err
         assert not list((tmp_path / "out").glob("*.part"))

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preparing import error_of, examples, lay_out, padded, run, tar
 
-from preprocess import create_retrieval, writer
+from preprocess import driver
+from preprocess.tasks import retrieval as create_retrieval
 
 LONG = b"b'" + b"word " * 2500 + b"'"  # 12,503 bytes: cut at 10,000, then at 4,000
 ROWS = {
@@ -61,7 +62,7 @@ def test_every_form_of_the_source(tmp_path, form):
         decoys = {"lra_release/lra_release/listops-1000/new_aan_pairs.train.tsv": b"no"}
         named = decoys | {below + name: data for name, data in files.items()}
         source.write_bytes(tar(named, "w" if form == "plain tar" else "w:gz"))
-    assert run(create_retrieval.main, "--source", source, "--output_dir", tmp_path / "out") == 0
+    assert run(create_retrieval.TASK, "--source", source, "--output_dir", tmp_path / "out") == 0
     for split, name in create_retrieval.FILES.items():
         assert examples(tmp_path / "out", "lra-retrieval", split) == expected(name)
 
@@ -90,11 +91,11 @@ def test_bad_rows_stop_or_are_skipped_counted_and_named(tmp_path, capsys, kind):
     files["new_aan_pairs.eval.tsv"] = ROWS["new_aan_pairs.eval.tsv"] + row + b"\n1\ta\tb\tc\td\n"
     lay_out(tmp_path / "in", files)
     options = ["--source", tmp_path / "in", "--output_dir", tmp_path / "out"]
-    assert run(create_retrieval.main, *options) == 2
+    assert run(create_retrieval.TASK, *options) == 2
     err = error_of(capsys)
     assert "new_aan_pairs.eval.tsv, line 4: " + says in err and "--on_error skip" in err
     assert not list((tmp_path / "out").glob("*"))
-    assert run(create_retrieval.main, *options, "--on_error", "skip") == 0
+    assert run(create_retrieval.TASK, *options, "--on_error", "skip") == 0
     assert examples(tmp_path / "out", "lra-retrieval", "dev").total() == 4
     out = capsys.readouterr().out
     assert "skipped 1: " + says in out and "eval.tsv, line 4" in out
@@ -104,7 +105,7 @@ def test_limit_is_balanced(tmp_path):
     lines = [b"%d\ta\tb\t%d\td" % (i % 7 == 0, i) for i in range(100)]
     lay_out(tmp_path, dict.fromkeys(create_retrieval.FILES.values(), b"\n".join(lines)))
     options = ["--source", tmp_path, "--output_dir", tmp_path / "out", "--limit", "9"]
-    assert run(create_retrieval.main, *options) == 0
+    assert run(create_retrieval.TASK, *options) == 0
     for split in create_retrieval.FILES:
         labels = [label for *_, label in examples(tmp_path / "out", "lra-retrieval", split)]
         assert sorted(labels) == [0] * 5 + [1] * 4
@@ -121,14 +122,14 @@ def test_limit_is_balanced(tmp_path):
 def test_incomplete_folders(tmp_path, capsys, files, says):
     lay_out(tmp_path, {"in/x": b"", **{"in/" + name: data for name, data in files.items()}})
     source, out = tmp_path / "in", tmp_path / "out"
-    assert run(create_retrieval.main, "--source", source, "--output_dir", out) == 2
+    assert run(create_retrieval.TASK, "--source", source, "--output_dir", out) == 2
     assert says in error_of(capsys)
 
 
 def test_an_empty_folder_is_called_empty(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     out = tmp_path / "out"
-    assert run(create_retrieval.main, "--source", tmp_path / "in", "--output_dir", out) == 2
+    assert run(create_retrieval.TASK, "--source", tmp_path / "in", "--output_dir", out) == 2
     assert "(it is empty)" in error_of(capsys)
 
 
@@ -145,18 +146,20 @@ def test_broken_archives(tmp_path, capsys, harm):
     elif harm == "no archive":
         source.write_bytes(b"<html>")
     says = {"cut": "cut off", "no file": "does not exist", "no archive": "neither a folder nor"}
-    assert run(create_retrieval.main, "--source", source, "--output_dir", out) == 2
+    assert run(create_retrieval.TASK, "--source", source, "--output_dir", out) == 2
     assert says[harm] in error_of(capsys)
     assert not list(out.glob("*"))
 
 
-def test_without_data_it_says_what_to_do(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run(create_retrieval.main) == 2
-    assert "preprocess/download.py" in error_of(capsys)
-    lay_out(tmp_path / "data/lra_release/lra_release/tsv_data", ROWS)  # where download.py unpacks
-    assert run(create_retrieval.main) == 0
-    assert (tmp_path / "data/lra_processed/lra-retrieval.dev.pickle").exists()
+@pytest.mark.parametrize("place", ["lra_release/tsv_data", "lra_release/lra_release/tsv_data"])
+def test_what_is_in_data_is_found(tmp_path, capsys, monkeypatch, place):
+    monkeypatch.setattr(driver, "DATA", tmp_path)
+    options = ["--no_download", "--output_dir", tmp_path / "out"]
+    assert run(create_retrieval.TASK, *options) == 2
+    assert "no lra_release, no lra_release.gz" in error_of(capsys)
+    lay_out(tmp_path / place, ROWS)
+    assert run(create_retrieval.TASK, *options) == 0
+    assert examples(tmp_path / "out", "lra-retrieval", "dev") == expected("new_aan_pairs.eval.tsv")
 
 
 def float32(text: str) -> float:
@@ -205,8 +208,8 @@ def tensorflow_rows(path):
 
 def our_rows(data: bytes):
     try:
-        rows = create_retrieval.read_rows(io.BytesIO(data), "file", writer.Skips())
-        return [(label, text1, text2) for text1, text2, label in rows]
+        rows = create_retrieval.read_rows(io.BytesIO(data), "file", driver.Skips())
+        return [(label, *texts) for _, texts, label in rows]
     except ValueError:
         return None
 
@@ -236,12 +239,12 @@ def test_fuzzed_rows():
         data = b"".join(rng.choices(pieces, k=rng.randrange(40)))
         if rng.random() < 0.3:
             data += rng.randbytes(rng.randrange(30))
-        skips = writer.Skips("skip")
+        skips = driver.Skips("skip")
         rows = list(create_retrieval.read_rows(io.BytesIO(data), "file", skips))
         lines = data.split(b"\n")
         num_lines = len(lines) - (lines[-1] == b"")
         assert len(rows) + skips.counts.total() == num_lines
-        for text1, text2, label in rows:
+        for _, (text1, text2), label in rows:
             assert label in (0, 1) and text1 and text2
             assert b"\t" + text1 + b"\t" + text2 in data
         read, skipped = read + len(rows), skipped + skips.counts.total()

@@ -10,9 +10,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from preparing import error_of, examples, lay_out, padded, run, tar
+from preparing import error_of, examples, job, lay_out, padded, run, tar
 
-from preprocess import byte_task, create_text, routing, sources, writer
+from preprocess import driver, sources
+from preprocess.tasks import text as create_text
 
 ALL_BYTES = bytes(range(1, 256))
 REVIEWS = {
@@ -37,10 +38,6 @@ OTHERS = {
 }
 
 
-def script():
-    byte_task.run(create_text.TASK)
-
-
 def expected(split):
     found: collections.Counter = collections.Counter()
     for name, text in REVIEWS.items():
@@ -60,7 +57,7 @@ def test_every_form_of_the_source(tmp_path, form, capsys):
     else:
         lay_out(tmp_path / "in" / ("" if form == "root" else "aclImdb"), files)
         source = tmp_path / "in" / ("aclImdb" if form == "folder" else "")
-    assert run(script, "--source", source, "--output_dir", tmp_path / "out") == 0
+    assert run(create_text.TASK, "--source", source, "--output_dir", tmp_path / "out") == 0
     for split, origin in (("train", "train/"), ("dev", "test/"), ("test", "test/")):
         assert examples(tmp_path / "out", "lra-text", split) == expected(origin)
     out = capsys.readouterr().out
@@ -74,13 +71,13 @@ def test_dev_from_train_and_limit(tmp_path, capsys):
     files = {f"{folder}/{i}_1.txt": b"%d" % i for folder in folders for i in range(50)}
     lay_out(tmp_path, files)
     options = ["--source", tmp_path, "--output_dir", tmp_path / "out"]
-    assert run(script, *options, "--dev_from_train", "0.3") == 0
+    assert run(create_text.TASK, *options, "--dev_from_train", "0.3") == 0
     train, dev, test = (
         examples(tmp_path / "out", "lra-text", s) for s in ("train", "dev", "test")
     )
     assert not train & dev and (train + dev) == test and 15 <= dev.total() <= 45
     assert "same examples" not in capsys.readouterr().out
-    assert run(script, *options, "--dev_from_train", "0.3", "--limit", "7") == 0
+    assert run(create_text.TASK, *options, "--dev_from_train", "0.3", "--limit", "7") == 0
     for split in ("train", "dev", "test"):
         found = examples(tmp_path / "out", "lra-text", split)
         assert sum(n for (_, label), n in found.items() if label == 0) == 4
@@ -96,10 +93,10 @@ def broken(tmp_path, kind):
         return path, "does not exist"
     if kind == "text file":
         path.write_bytes(b"hello")
-        return path, "neither a folder nor a tar archive"
+        return path, "is neither a folder nor an archive"
     if kind == "empty file":
         path.write_bytes(b"")
-        return path, "neither a folder nor a tar archive"
+        return path, "is neither a folder nor an archive"
     if kind == "empty folder":
         path.mkdir()
         return path, "no reviews in train/{neg,pos}"
@@ -138,7 +135,7 @@ KINDS += ["last bytes gone", "cut tar", "flipped bit", "empty review"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_source_is_one_sentence_and_no_files(tmp_path, capsys, kind):
     source, says = broken(tmp_path, kind)
-    assert run(script, "--source", source, "--output_dir", tmp_path / "out") == 2
+    assert run(create_text.TASK, "--source", source, "--output_dir", tmp_path / "out") == 2
     assert says in error_of(capsys)
     assert not list((tmp_path / "out").glob("*"))
 
@@ -146,7 +143,7 @@ def test_a_broken_source_is_one_sentence_and_no_files(tmp_path, capsys, kind):
 def test_an_empty_review_can_be_skipped_and_is_counted(tmp_path, capsys):
     source, _ = broken(tmp_path, "empty review")
     options = ["--source", source, "--output_dir", tmp_path / "out", "--on_error", "skip"]
-    assert run(script, *options) == 0
+    assert run(create_text.TASK, *options) == 0
     assert examples(tmp_path / "out", "lra-text", "train").total() == 5
     out = capsys.readouterr().out
     assert "skipped 1: the text is empty" in out and "train/pos/0_9.txt" in out
@@ -154,9 +151,9 @@ def test_an_empty_review_can_be_skipped_and_is_counted(tmp_path, capsys):
 
 def test_nothing_to_read_says_what_to_do_at_once(tmp_path):
     """As a user starts it: a folder without data, a home without TFDS; tensorflow not imported."""
-    code = Path(create_text.__file__)
+    code = Path(driver.__file__).with_name("create_text.py")
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", code],
+        [sys.executable, "-X", "importtime", code, "--no_download"],
         cwd=tmp_path,
         env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
         capture_output=True,
@@ -166,18 +163,18 @@ def test_nothing_to_read_says_what_to_do_at_once(tmp_path):
     assert done.returncode == 2
     assert "import time:" in done.stderr and "tensorflow" not in done.stderr.split("error:")[0]
     message = done.stderr[done.stderr.index("error:") :]
-    assert "preprocess/download.py --task lra-text" in message and "--source" in message
+    assert "without --no_download the data is fetched" in message and "--source" in message
     assert not list(tmp_path.iterdir())
 
 
 def test_what_download_leaves_is_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver, "DATA", tmp_path / "data")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
     lay_out(
         tmp_path, {"data/aclImdb_v1.tar.gz": tar({"aclImdb/" + n: d for n, d in REVIEWS.items()})}
     )
-    assert run(script) == 0
-    assert examples(tmp_path / "data/lra_processed", "lra-text", "train") == expected("train")
+    assert run(create_text.TASK, "--output_dir", tmp_path / "out") == 0
+    assert examples(tmp_path / "out", "lra-text", "train") == expected("train")
 
 
 # ---- TFDS ---------------------------------------------------------------------------------------
@@ -196,7 +193,7 @@ def test_tfds(tfds_imdb, tmp_path, below):
     import tensorflow_datasets as tfds
 
     place = tfds_imdb / below
-    assert run(script, "--tfds_dir", place, "--output_dir", tmp_path / "out") == 0
+    assert run(create_text.TASK, "--tfds_dir", place, "--output_dir", tmp_path / "out") == 0
     for split, origin in (("train", "train"), ("dev", "test"), ("test", "test")):
         rows = tfds.as_numpy(tfds.load("imdb_reviews", data_dir=tfds_imdb, download=False)[origin])
         wanted: collections.Counter = collections.Counter()
@@ -240,7 +237,7 @@ def test_a_broken_tfds_folder(tfds_imdb, tmp_path, capsys, harm, says):
         info.write_text(info.read_text().replace('"tfrecord"', '"array_record"'))
     elif harm == "info":
         (version / "dataset_info.json").write_text("{")
-    assert run(script, "--tfds_dir", folder, "--output_dir", tmp_path / "out") == 2
+    assert run(create_text.TASK, "--tfds_dir", folder, "--output_dir", tmp_path / "out") == 2
     assert says in error_of(capsys)
     assert not list((tmp_path / "out").glob("*"))
 
@@ -256,10 +253,9 @@ def test_tfds_strips_as_we_do(tmp_path):
             members = [(m.name, archive.extractfile(m)) for m in archive if m.isreg()]
             rows = module.Builder._generate_examples(None, members, f"aclImdb/{split}")
             theirs = collections.Counter((row["text"], row["label"]) for _, row in rows)
-        router, skips = routing.Router(2), writer.Skips()
         ours = collections.Counter(
             (text, ("neg", "pos")[label])
-            for s, _, text, label in create_text.read_source(tmp_path / "a.tar.gz", router, skips)
+            for s, _, text, label in create_text.read_reviews(job(), tmp_path / "a.tar.gz")
             if s == split
         )
         assert ours == theirs and ours.total() == sum(n.startswith(split) for n in REVIEWS)
@@ -271,7 +267,7 @@ def test_tfds_strips_as_we_do(tmp_path):
 @pytest.mark.slow
 def test_the_real_reviews(shared_data, tmp_path):
     source = shared_data / "data/aclImdb.tar.gz"
-    assert run(script, "--source", source, "--output_dir", tmp_path) == 0
+    assert run(create_text.TASK, "--source", source, "--output_dir", tmp_path) == 0
     with tarfile.open(source) as archive:
         wanted = {"train": collections.Counter(), "test": collections.Counter()}
         for member in archive:
@@ -311,11 +307,10 @@ def test_fuzzed_archives(tmp_path):
             start = rng.randrange(len(data))
             data[start : start + 512] = rng.randbytes(512)
         path.write_bytes(data)
-        router, skips = routing.Router(2), writer.Skips("skip")
         try:
             if not sources.is_archive(path):
                 raise ValueError
-            for split, _, text, label in create_text.read_source(path, router, skips):
+            for split, _, text, label in create_text.read_reviews(job(), path):
                 assert split in ("train", "test") and label in (0, 1) and type(text) is bytes
         except ValueError:
             refused += 1

@@ -1,15 +1,14 @@
 """lra-yelp1 from the published CSV files, with TFDS's own reader as the judge."""
 
 import collections
-import io
 import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from preparing import error_of, examples, lay_out, padded, prepare_tfds, run, tar
+from preparing import csv_examples, error_of, examples, lay_out, padded, prepare_tfds, run, tar
 
-from preprocess import byte_task, create_yelp, writer
+from preprocess.tasks.yelp import TASK
 
 LINES = [
     b'"1","Bad.\\n\\nReally ""bad"", I say."',
@@ -23,10 +22,6 @@ LINES = [
     b'"1",""',
     b'"1","""quoted"""',
 ]
-
-
-def script():
-    byte_task.run(create_yelp.TASK)
 
 
 def expected(lines):
@@ -59,8 +54,7 @@ def theirs(path):
 
 def ours(data: bytes):
     try:
-        rows = create_yelp.read_rows(io.BytesIO(data), "file", writer.Skips())
-        return [(text, label) for _, text, label in rows]
+        return csv_examples(TASK, data)
     except ValueError:
         return None
 
@@ -74,7 +68,7 @@ def test_every_form_of_the_source(tmp_path, form):
     else:
         lay_out(tmp_path / "in" / ("yelp_review_polarity_csv" if "above" in form else ""), FILES)
         source = tmp_path / "in"
-    assert run(script, "--source", source, "--output_dir", tmp_path / "out") == 0
+    assert run(TASK, "--source", source, "--output_dir", tmp_path / "out") == 0
     assert examples(tmp_path / "out", "lra-yelp1", "train") == expected(LINES)
     for split in ("dev", "test"):
         assert examples(tmp_path / "out", "lra-yelp1", split) == expected(LINES[:3])
@@ -94,7 +88,7 @@ def test_a_missing_last_line_end_costs_no_letter(tmp_path):
 
 BAD = {
     "blank line": (b"", "blank line"),
-    "class 3": (b'"3","text"', "not of the form"),
+    "class 3": (b'"3","text"', "the class is not 1 or 2"),
     "no quotes": (b"1,text", "not of the form"),
     "one column": (b'"1"', "not of the form"),
     "three columns": (b'"1","text","more"', "not two columns"),
@@ -109,10 +103,10 @@ def test_bad_lines_stop_or_are_skipped_counted_and_named(tmp_path, capsys, kind)
     line, says = BAD[kind]
     lay_out(tmp_path / "in", FILES | {"test.csv": join([*LINES[:3], line, b'"1","last"'])})
     options = ["--source", tmp_path / "in", "--output_dir", tmp_path / "out"]
-    assert run(script, *options) == 2
+    assert run(TASK, *options) == 2
     assert "test.csv, line 4: " + says in error_of(capsys)
     assert not list((tmp_path / "out").glob("*"))
-    assert run(script, *options, "--on_error", "skip") == 0
+    assert run(TASK, *options, "--on_error", "skip") == 0
     found = examples(tmp_path / "out", "lra-yelp1", "test")
     assert found == expected([*LINES[:3], b'"1","last"'])
     number = 2 if kind == "carriage return" else 1  # it makes two lines
@@ -122,7 +116,7 @@ def test_bad_lines_stop_or_are_skipped_counted_and_named(tmp_path, capsys, kind)
 def test_other_encodings_keep_their_bytes(tmp_path, capsys):
     data = b'"1"," caf\xe9 "\n"2","\xff\xfe"\n'
     lay_out(tmp_path / "in", {"train.csv": data, "test.csv": data})
-    assert run(script, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    assert run(TASK, "--source", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
     found = examples(tmp_path / "out", "lra-yelp1", "train")
     assert found == {
         (padded(b"caf\xe9", 1000, 1024), 0): 1,
@@ -138,7 +132,7 @@ def test_tfds(tmp_path):
     features = {"text": "text", "label": ["1", "2"]}
     splits = {"train": rows, "test": rows[:3]}
     prepare_tfds(tmp_path, "yelp_polarity_reviews", features, splits)
-    assert run(script, "--tfds_dir", tmp_path, "--output_dir", tmp_path / "out") == 0
+    assert run(TASK, "--tfds_dir", tmp_path, "--output_dir", tmp_path / "out") == 0
     assert examples(tmp_path / "out", "lra-yelp1", "train") == expected(LINES)
     assert examples(tmp_path / "out", "lra-yelp1", "dev") == expected(LINES[:3])
 

@@ -50,14 +50,14 @@ def test_dev_that_is_test_is_said(tmp_path, capsys):
 
 def test_listops_is_shown_as_its_tokens(tmp_path, capsys):
     # the documented order of ids: see docs/data.md
-    from preprocess import create_listops
+    from preprocess.tasks import listops
 
     form_tokens = inspect.LISTOPS
     ids = np.array([form_tokens.index(t) + 1 for t in ("MAX", "2", "9")] + [0] * 5, np.int32)
     path = write(tmp_path / "lra-listops.test.pickle", [{"input_ids_0": ids, "label": 9}])
     assert inspect.main([str(path)]) == 0
     assert "label 9: MAX 2 9" in capsys.readouterr().out
-    assert create_listops.evaluate("( ( ( [MAX 2 ) 9 ) ] )") == 9
+    assert listops.evaluate("( ( ( [MAX 2 ) 9 ) ] )") == 9
 
 
 def test_pictures_become_a_sheet(tmp_path, capsys):

@@ -6,16 +6,16 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from preparing import run
 
-from preprocess import create_planted, planted, writer
+from preprocess import planted
+from preprocess.tasks import planted as create_planted
 
 MARKERS = range(planted.MARKER, planted.MARKER + 8)
 
 
 def make(folder, *options) -> int:
-    return writer.main(
-        lambda: create_planted.run([str(o) for o in ("--output_dir", folder, *options)])
-    )
+    return run(create_planted.TASK, "--output_dir", folder, *options, whole=True)
 
 
 @pytest.fixture(scope="module")
@@ -126,5 +126,5 @@ def test_same_seed_same_bytes_and_the_mask_beside_them(tmp_path):
 
 def test_negative_seed(tmp_path, capsys):
     assert make(tmp_path, "--seed", -1) == 2
-    assert capsys.readouterr().err == "error: --seed -1 is negative\n"
+    assert "argument --seed: -1 is not between 0 and 2^64 - 1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

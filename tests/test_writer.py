@@ -1,17 +1,11 @@
 """preprocess/writer.py: pickles that everybody reads, whole or not at all."""
 
-import argparse
 import errno
 import hashlib
-import itertools
 import os
 import pickle
-import random
-import signal
 import subprocess
 import sys
-import threading
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -21,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess import writer
-from training.data import safe_pickle
+from training.data import manifest, safe_pickle
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -65,16 +59,20 @@ def test_a_list_longer_than_a_batch(tmp_path, monkeypatch, block):
     monkeypatch.setattr(writer, "BLOCK", block)
     monkeypatch.setattr(writer, "SYNC", 3 * block)
     notices = []
-    with writer.SplitWriter(tmp_path, "lra-x", "train", notify=notices.append) as out:
+    with writer.open_set(tmp_path, "lra-x", ("train", "test"), notify=notices.append) as files:
+        out = files["train"]
         for i in range(2 * writer.BATCH + 1):
             out.add(input_ids_0=np.full(3, i, np.int32), label=np.int64(i))
+        files["test"].add(input_ids_0=np.zeros(3, np.int32), label=np.int64(0))
     with open(out.path, "rb") as file:
         read = pickle.load(file)
     assert [int(item["label"]) for item in read] == list(range(2 * writer.BATCH + 1))
     assert all((item["input_ids_0"] == item["label"]).all() for item in read)
     assert sum(1 for _ in safe_pickle.iterate(out.path)) == len(read)
     digest = hashlib.sha256(out.path.read_bytes()).hexdigest()
-    assert notices == [f"{out.path}: 2,001 examples, 0.1 MB, sha256 {digest}"]
+    assert notices[0] == f"{out.path}: 2,001 examples, 0.1 MB, sha256 {digest}"
+    fact = manifest.read(tmp_path, "lra-x")["splits"]["train"]
+    assert fact == {"size": out.path.stat().st_size, "sha256": digest, "examples": 2001}
 
 
 def test_names_that_numpy_1_and_2_both_read(tmp_path):
@@ -136,23 +134,24 @@ def test_an_error_leaves_the_old_file(tmp_path, error):
 def test_splits_appear_together_or_not_at_all(tmp_path):
     with (
         pytest.raises(ValueError, match=r"lra-x\.test\.pickle: there is no example"),
-        writer.open_splits(tmp_path, "lra-x", notify=silent) as splits,
+        writer.open_set(tmp_path, "lra-x", notify=silent) as splits,
     ):
         add_one(splits["train"])
         add_one(splits["dev"])
     assert names(tmp_path) == []
-    with writer.open_splits(tmp_path, "lra-x", notify=silent) as splits:
+    with writer.open_set(tmp_path, "lra-x", notify=silent) as splits:
         for out in splits.values():
             add_one(out)
         assert all(name.endswith(".part") for name in names(tmp_path))
-    assert names(tmp_path) == [f"lra-x.{s}.pickle" for s in ("dev", "test", "train")]
+    pickles = [f"lra-x.{split}.pickle" for split in ("dev", "test", "train")]
+    assert names(tmp_path) == [pickles[0], "lra-x.json", *pickles[1:]]
 
 
 def test_the_first_split_goes_if_the_second_cannot_be_made(tmp_path):
     (tmp_path / "lra-x.dev.pickle.part").mkdir()
     with (
         pytest.raises(ValueError, match=r"cannot write .*lra-x\.dev\.pickle: Is a directory"),
-        writer.open_splits(tmp_path, "lra-x", notify=silent),
+        writer.open_set(tmp_path, "lra-x", notify=silent),
     ):
         pass
     assert names(tmp_path) == ["lra-x.dev.pickle.part"]
@@ -199,20 +198,20 @@ FULL = """
 import resource, signal, sys
 sys.path.insert(0, {repository!r})
 import numpy as np
-from preprocess import writer
+from preprocess import driver, parallel, writer
 def array(i):
     return np.zeros(1024, np.int32)
 def run():
     with (
         writer.SplitWriter({folder!r}, "lra-x", "dev") as out,
-        writer.map_ordered(array, range(9000), {workers}) as arrays,
+        parallel.map_ordered(array, range(9000), {workers}) as arrays,
     ):
         for ids in arrays:
             out.add(input_ids_0=ids, label=1)
 if __name__ == "__main__":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000,) * 2)
-    sys.exit(writer.main(run))
+    sys.exit(driver.guarded(run))
 """
 
 
@@ -224,7 +223,7 @@ def test_a_limited_file_size(tmp_path, workers):
     script.write_text(text)
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (2, ""), result
-    assert result.stderr == "error: cannot write: File too large\n"
+    assert result.stderr == f"error: {folder}/lra-x.dev.pickle.part: File too large\n"
     assert names(folder) == []
 
 
@@ -249,222 +248,3 @@ def test_free_space(tmp_path):
     writer.check_free_space(tmp_path / "not" / "there", 1000)
     with pytest.raises(ValueError, match=r"needs 1,000,000.0 GB, only .* GB are free"):
         writer.check_free_space(tmp_path / "not" / "there", 10**15)
-
-
-# ---- the frame ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "error, text",
-    [
-        (ValueError("a sentence"), "a sentence"),
-        (OSError(errno.ENOSPC, "x"), "the disk is full"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "/x/y: Permission denied"),
-    ],
-)
-def test_errors_are_one_sentence(capsys, error, text):
-    def run():
-        raise error
-
-    assert writer.main(run) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: {text}") and captured.err.count("\n") == 1
-    assert captured.out == ""
-
-
-def test_faults_of_our_own_keep_their_traceback():
-    with pytest.raises(KeyError):
-        writer.main(lambda: {}["x"])
-
-
-def test_skips():
-    skips, lines = writer.Skips("skip"), []
-    for i in range(5):
-        skips.skip(f"row {i}", "is empty")
-    skips.skip("row 9", "has no label")
-    skips.report(lines.append)
-    assert lines == [
-        "skipped 1: has no label (row 9)",
-        "skipped 5: is empty (row 0, row 1, row 2 ...)",
-    ]
-    stop = writer.Skips("stop")
-    stop.skip("a.png", "the picture file is empty", always=True)
-    with pytest.raises(ValueError, match=r"row 3: is empty .*--on_error skip"):
-        stop.skip("row 3", "is empty")
-
-
-@given(st.lists(st.integers(0, 4), max_size=60), st.integers(1, 12))
-def test_balanced_limit(labels, limit):
-    chooser = writer.BalancedLimit(limit, 5)
-    kept = [label for label in labels if chooser.take(label)]
-    shares = [limit // 5 + (label < limit % 5) for label in range(5)]
-    expected = [min(share, labels.count(label)) for label, share in enumerate(shares)]
-    assert [kept.count(label) for label in range(5)] == expected
-    assert chooser.full == (len(kept) == limit)
-
-
-def test_no_limit_takes_all():
-    chooser = writer.BalancedLimit(None, 2)
-    assert all(chooser.take(label) for label in (0, 0, 0, 5)) and not chooser.full
-
-
-def test_common_options():
-    parser = argparse.ArgumentParser()
-    writer.add_common_options(parser, seed="the order")
-    arguments = parser.parse_args([])
-    assert arguments.output_dir == Path("data/lra_processed") and arguments.limit is None
-    assert (arguments.on_error, arguments.seed) == ("stop", 0) and arguments.workers >= 1
-    for bad in (["--limit", "0"], ["--workers", "x"], ["--on_error", "go"]):
-        with pytest.raises(SystemExit) as caught:
-            parser.parse_args(bad)
-        assert caught.value.code == 2
-
-
-# ---- parallel work ------------------------------------------------------------------------------
-
-
-def square(x: int) -> int:
-    if x == 77:
-        raise ValueError("77 is not liked")
-    if x < 0:
-        os._exit(-x)
-    return x * x
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_map_ordered(workers):
-    def mapped(items):
-        with writer.map_ordered(square, items, workers) as results:
-            yield from results
-
-    assert list(mapped(range(50))) == [x * x for x in range(50)]
-    endless = mapped(itertools.count(100))
-    assert list(itertools.islice(endless, 5)) == [x * x for x in range(100, 105)]
-    endless.close()
-    with pytest.raises(ValueError, match="77 is not liked"):
-        list(mapped(range(70, 90)))
-
-
-def test_a_dead_worker_is_one_sentence(capsys):
-    def run():
-        with writer.map_ordered(square, [1, -9, 2, 3], 2) as results:
-            list(results)
-
-    assert writer.main(run) == 1
-    assert capsys.readouterr().err.startswith("error: a worker process was killed")
-
-
-def test_chunks():
-    assert list(writer.chunks(range(5), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(writer.chunks([], 2)) == []
-
-
-LONG_RUN = """
-import itertools, os, sys, time
-sys.path.insert(0, {repository!r})
-import numpy as np
-from preprocess import writer
-def slow_pid(x):
-    time.sleep(0.05)
-    return os.getpid()
-def run():
-    with (
-        writer.open_splits({folder!r}, "lra-x", ("train", "dev")) as splits,
-        writer.map_ordered(slow_pid, itertools.count(), 2) as pids,
-    ):
-        for pid in pids:
-            splits["train"].add(input_ids_0=np.zeros(9, np.int32), label=1)
-            print(pid, flush=True)
-if __name__ == "__main__":
-    sys.exit(writer.main(run))
-"""
-
-
-WORKERS_DIE = """
-import itertools, os, sys
-sys.path.insert(0, {repository!r})
-import numpy as np
-from preprocess import writer
-def pid_and_much(x):
-    return os.getpid(), bytes(8 << 20)  # an answer that takes a while to send
-def run():
-    with (
-        writer.open_splits({folder!r}, "lra-x", ("train", "dev")) as splits,
-        writer.map_ordered(pid_and_much, itertools.count(), 2) as answers,
-    ):
-        for pid, much in answers:
-            splits["train"].add(input_ids_0=np.zeros(9, np.int32), label=1)
-            print(pid, flush=True)
-if __name__ == "__main__":
-    sys.exit(writer.main(run))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kills processes")
-@pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
-def test_workers_that_are_killed_at_any_moment(tmp_path, rounds):
-    """One or both, most often in the middle of an answer: one sentence within seconds."""
-    folder, script = tmp_path / "out", tmp_path / "run.py"
-    script.write_text(WORKERS_DIE.format(repository=str(REPOSITORY), folder=str(folder)))
-    rng = random.Random(0)
-    for number in range(rounds):
-        run = subprocess.Popen(
-            [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        workers = set()
-        while len(workers) < 2:
-            workers.add(int(run.stdout.readline()))
-        reader = threading.Thread(target=run.stdout.read, daemon=True)
-        reader.start()  # nothing waits for us
-        time.sleep(rng.random() / 10)
-        for pid in sorted(workers)[: 1 + number % 2]:
-            os.kill(pid, signal.SIGKILL)
-        try:
-            run.wait(timeout=20)
-        finally:
-            run.kill()
-        assert run.returncode == 1
-        err = run.stderr.read()
-        assert err.startswith("error: a worker process was killed (exit code -9;"), err
-        assert err.count("\n") == 1 and names(folder) == []
-        run.stderr.close()
-        reader.join()
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc")
-@pytest.mark.parametrize("number, code", [("INT", 130), ("TERM", 143), ("KILL", -9)])
-def test_signals(tmp_path, number, code):
-    """Nothing half-written, no process left behind, one sentence."""
-    folder, script = tmp_path / "out", tmp_path / "run.py"
-    script.write_text(LONG_RUN.format(repository=str(REPOSITORY), folder=str(folder)))
-    run = subprocess.Popen(
-        [sys.executable, script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a test run in the background may have been told to ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    workers = {int(run.stdout.readline()) for _ in range(10)}
-    assert names(folder) == ["lra-x.dev.pickle.part", "lra-x.train.pickle.part"]
-    os.kill(run.pid, getattr(signal, f"SIG{number}"))
-    _, err = run.communicate(timeout=30)
-    assert run.returncode == code
-    deadline = time.monotonic() + 20
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(alive, workers))
-    if number != "KILL":
-        assert names(folder) == []
-        assert err.endswith("nothing half-written is left, run it again to start anew\n")
-        assert err.count("\n") == 1, err
-    else:
-        assert all(name.endswith(".part") for name in names(folder))

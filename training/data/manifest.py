@@ -1,0 +1,120 @@
+"""The manifest of a data set, `<task>.json` beside its three pickles.
+
+The create scripts write it last: with it the set is complete. It says what the pickles are made
+from and what they must be, so that a mixture of two sets is found before anybody trains on it.
+from training.errors import UserError
+Pickles without a manifest (the original's) are taken as they are.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+
+FORMAT = 1
+SPLITS = ("train", "dev", "test")
+
+
+def path_of(folder, stem: str) -> Path:
+    return Path(folder) / f"{stem}.json"
+
+
+def write(folder, stem: str, facts: dict[str, Any]) -> None:
+    """Replaces the manifest at once. {"replacing": True}: the pickles are changing places."""
+    path = path_of(folder, stem)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "w") as file:
+            json.dump({"format": FORMAT, **facts}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def read(folder, stem: str) -> dict[str, Any] | None:
+    """The manifest; None if there is none. Raises UserError if it is no manifest, OSError."""
+    path = path_of(folder, stem)
+    try:
+        facts = json.loads(path.read_bytes())
+        if facts["format"] != FORMAT:
+            raise UserError(f"format {facts['format']}, known is {FORMAT}")
+        if not facts.get("replacing"):
+            for split in SPLITS:
+                fact = facts["splits"][split]
+                fact["size"], fact["examples"], fact["sha256"]
+            facts["trial"], facts["about"], facts["warnings"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no manifest of a data set ({error}): make the set again, or delete this "
+            "file to use the pickles as they are"
+        ) from None
+    return facts
+
+
+def is_whole(folder, stem: str) -> bool:
+    """Whether a set is there that a trial must not replace; pickles of unknown origin are one."""
+    pickles = [Path(folder) / f"{stem}.{split}.pickle" for split in SPLITS]
+    if not all(path.exists() for path in pickles):
+        return False
+    facts = read(folder, stem)
+    return facts is None or not (facts.get("replacing") or facts["trial"])
+
+
+def check(folder, stem: str, notify: Callable[[str], None]) -> dict[str, Any] | None:
+    """The manifest of the set that is there, its sizes compared; None without a manifest, or with
+    one that describes other files altogether (the original's pickles copied over ours).
+
+    Raises: UserError if the three pickles do not belong together.
+    """
+    facts = read(folder, stem)
+    if facts is None:
+        return None
+    path = path_of(folder, stem)
+    again = "make the set again with its create script"
+    if facts.get("replacing"):
+        raise UserError(
+            f"{path}: a create script was stopped while it replaced the pickles of {stem}, which "
+            f"may not belong together: {again}"
+        )
+    sizes = {}
+    for split in SPLITS:
+        with contextlib.suppress(FileNotFoundError):
+            sizes[split] = os.stat(Path(folder) / f"{stem}.{split}.pickle").st_size
+    wrong = [split for split, size in sizes.items() if size != facts["splits"][split]["size"]]
+    if wrong and len(wrong) == len(sizes):
+        notify(f"{path} is stale, it describes other pickles than those here: ignored")
+        return None
+    if wrong:
+        raise UserError(mixture(folder, stem, wrong[0]))
+    return facts
+
+
+def mixture(folder, stem: str, split: str) -> str:
+    """The sentence for a pickle that is not the one the manifest describes."""
+    path = path_of(folder, stem)
+    return (
+        f"{Path(folder) / stem}.{split}.pickle is not of the set that {path.name} describes: the "
+        "pickles do not belong together; make the set again with its create script, or delete "
+        f"{path.name} if they are meant"
+    )
+
+
+def describe(facts: dict[str, Any], stem: str) -> list[str]:
+    """What a model is trained on, for people, one line each."""
+    counts = " / ".join(f"{facts['splits'][split]['examples']:,}" for split in SPLITS)
+    about = "".join(f", {text}" for text in facts["about"])
+    lines = [f"{stem}: {counts} examples{about}"]
+    if facts["trial"]:
+        lines.append(f"{stem}: this is a trial set ({facts['trial']}), not the task's data")
+    return lines + [f"{stem}: {warning}" for warning in facts["warnings"]]

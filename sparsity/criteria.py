@@ -288,7 +288,6 @@ class Concentrated(Criterion):
             Condition("capture", ">=", CAPTURED, "capture"),
             Condition("capture_before", ">=", CAPTURED, f"capture {SPAN} steps before"),
         )
-        self._start: list[list[float]] = []  # of steps 1 to SPAN: best over chance of each layer
         self._captures: deque[list[float | None]] = deque(maxlen=SPAN)
 
     def describe(self) -> str:
@@ -300,31 +299,21 @@ class Concentrated(Criterion):
         )
 
     def measure(self, observation: Any) -> Values:
-        best, chance = observation.values["best_mass"], observation.values["chance_mass"]
-        levels = [(b or 0.0) / c if c else 0.0 for b, c in zip(best, chance, strict=True)]
-        concentration: list[float | None] = [None] * len(levels)
-        if len(self._start) == SPAN:
-            start = [sum(layer) / SPAN for layer in zip(*self._start, strict=True)]
-            concentration = [
-                now / then if then else None for now, then in zip(levels, start, strict=True)
-            ]
-        else:
-            self._start.append(levels)
         full = len(self._captures) == SPAN
-        before = self._captures[0] if full else [None] * len(levels)
-        self._captures.append(observation.values["capture"])
+        capture = observation.values["capture"]
+        before = self._captures[0] if full else [None] * len(capture)
+        self._captures.append(capture)
         return {
-            "concentration": concentration,
-            "capture": observation.values["capture"],
+            "concentration": observation.values["concentration"],
+            "capture": capture,
             "capture_before": before,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"start": self._start, "captures": list(self._captures)}
+        return super().state_dict() | {"captures": list(self._captures)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
         super().load_state_dict(state)
-        self._start = [list(levels) for levels in state["start"]]
         self._captures.extend(state["captures"])
 
 

@@ -191,6 +191,8 @@ class Observer:
         self._moves = moves
         self._pooled: deque[Tensor] = deque(maxlen=WINDOW)  # fp32
         self._masks: deque[Tensor] = deque(maxlen=WINDOW)  # of the steps before this one
+        self._start: list[list[float]] = []  # lift of the best blocks in the first WINDOW steps
+        self.uniform: Tensor | None = None  # of the last step
 
     @property
     def smoothed(self) -> Tensor | None:
@@ -211,6 +213,8 @@ class Observer:
         masks = self._masks[-1] if self._masks and not self._moves else self._choose(observation)
         values = describe_masks(smoothed, masks, observation.uniform)
         undefined: list[float | None] = [None] * len(masks)
+        self.uniform = observation.uniform
+        values |= {"concentration": self._concentration(values)}
         values |= {"agreement": undefined, "agreement_1": undefined, "capture": undefined}
         if self._masks:
             values["agreement_1"] = numbers(agreement(masks, self._masks[-1]))
@@ -220,12 +224,33 @@ class Observer:
         self._masks.append(masks)
         observation.values = values
 
+    def _concentration(self, values: Values) -> list[float | None]:
+        """best_mass over chance_mass, in multiples of its mean over the first WINDOW steps."""
+        pairs = zip(values["best_mass"], values["chance_mass"], strict=True)
+        levels = [(best or 0.0) / chance if chance else 0.0 for best, chance in pairs]
+        if len(self._start) < WINDOW:
+            self._start.append(levels)
+            return [None] * len(levels)
+        start = [sum(layer) / WINDOW for layer in zip(*self._start, strict=True)]
+        return [now / then if then else None for now, then in zip(levels, start, strict=True)]
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had never stopped."""
-        return {"pooled": list(self._pooled), "masks": list(self._masks)}
+        return {
+            "pooled": list(self._pooled),
+            "masks": list(self._masks),
+            "start": self._start,
+            "uniform": self.uniform,
+        }
 
-    def load_state_dict(self, state: dict[str, Any], same_pattern: bool = True) -> None:
-        """Inverse of `state_dict`. The choices of another pattern are left behind."""
+    def load_state_dict(
+        self, state: dict[str, Any], same_count: bool = True, same_pattern: bool = True
+    ) -> None:
+        """Inverse of `state_dict`. What depends on another pattern or on another number of blocks
+        is left behind, and undefined until WINDOW steps have been seen."""
         self._pooled.extend(state["pooled"])
-        if same_pattern:
+        self.uniform = state["uniform"]
+        if same_count:
+            self._start = [list(levels) for levels in state["start"]]
+        if same_count and same_pattern:
             self._masks.extend(state["masks"])

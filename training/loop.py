@@ -20,6 +20,7 @@ from training.recording.checkpoint import TrainState, load_checkpoint, save_chec
 from training.recording.files import CheckpointError
 from training.recording.reference_files import save_masks
 from training.run import Run, StepResult, TrainingFailed, not_finite
+from training.settings import TaskConfig
 from training.step import train_step
 
 EVALUATION_SEED = 0  # the dev subset is the same for every run, so that runs can be compared
@@ -100,7 +101,7 @@ def _observation(run: Run, result: StepResult | None) -> Observation:
     return Observation(
         pattern_scores=run.model.pattern_scores(),
         pooled=None if result is None else result.pooled,
-        uniform=None if result is None else result.uniform,
+        uniform=run.observer.uniform if result is None else result.uniform,
         mean_attention=run.mean_attention,
         smoothed=run.observer.smoothed if result is None else None,
         initial_scores=run.initial_scores,
@@ -221,8 +222,8 @@ def save_first(run: Run) -> None:
         ) from None
 
 
-def restore(run: Run, state: TrainState) -> None:
-    """Puts a run back to where `save_last` left it."""
+def restore(run: Run, state: TrainState, fork: bool = False) -> None:
+    """Puts a run back to where `save_last` left it, or another one, forked off there."""
     training = state.training
     assert training is not None
     run.step = state.step
@@ -234,12 +235,21 @@ def restore(run: Run, state: TrainState) -> None:
     run.model.load_state_dict(state.model_state_dict)
     run.optimizer.load_state_dict(training["optimizer"])
     run.scaler.load_state_dict(training["scaler"])
-    if training["criterion"] is not None:
-        run.criterion.load_state_dict(training["criterion"], run.device)
-        run.observer.load_state_dict(training["observer"])
-    run.best_accuracy = state.best_accuracy
-    run.best_step = training["best_step"]
-    run.evaluations_since_best = training["evaluations_since_best"]
+    if state.phase == "dense":
+        assert state.config is not None
+        origin = TaskConfig.from_dict(state.config)
+        same = origin.sparsity.transition_when == run.config.sparsity.transition_when
+        if same:  # else the new one begins to look here
+            run.criterion.load_state_dict(training["criterion"], run.device)
+        run.observer.load_state_dict(
+            training["observer"],
+            same_count=origin.model.density == run.config.model.density,
+            same_pattern=origin.sparsity.pattern == run.config.sparsity.pattern,
+        )
+    if not fork:  # whose best model is its own
+        run.best_accuracy = state.best_accuracy
+        run.best_step = training["best_step"]
+        run.evaluations_since_best = training["evaluations_since_best"]
     run.transition_step = training["transition_step"]
     run.seconds = training["seconds"]
     torch.set_rng_state(training["rng_state"])

@@ -146,6 +146,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on from the last checkpoint of this run"
     )
     training.add_argument(
+        "--fork",
+        metavar="CHECKPOINT",
+        help=(
+            "start a new run from another's dense prefix, bit for bit: from its NAME.last.model, "
+            "under another --name; the transition, the pattern and the density may differ"
+        ),
+    )
+    training.add_argument(
         "--dry_run",
         action="store_true",
         help=(

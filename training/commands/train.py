@@ -55,6 +55,11 @@ FLAGS = {
 }
 
 
+CHANGEABLE = {"training.save_seconds"}  # on resume: it changes nothing else
+# in a fork, beside everything of sparsity: what matters from the transition on only
+FORKABLE = {"training.skewness", "training.distance", "model.density"}
+
+
 def train_run(
     args: argparse.Namespace,
     tasks: Mapping[str, Any],
@@ -71,7 +76,10 @@ def train_run(
     said: list[str] = []
     if not args.dry_run:
         state = _state_to_resume(args, paths, said)
-    config, notices = _training_config(args, task, tasks[task], state)
+    forked = state is None and args.fork is not None and not args.dry_run
+    if forked:
+        state = _state_to_fork(args, task)
+    config, notices = _training_config(args, task, tasks[task], state, forked)
     notices = said + notices
     given_masks = _given_masks(config)
     stored = (state.training or {}).get("resolved", {}) if state is not None else {}
@@ -104,7 +112,7 @@ def train_run(
     model = build_model(config.model, backend).to(device)
     options = RunOptions(
         seed=args.random,
-        patience=stored.get("patience") if args.patience is None else args.patience,
+        patience=stored.get("patience") if args.patience is None and not forked else args.patience,
         stop_after=args.stop_after,
         micro_batch_size=micro,
         precision=precision,
@@ -141,14 +149,18 @@ def train_run(
         if args.dry_run:
             return dry_run(run)
         run.stop.install()
-        if state is None:
-            words.run_started(run, notices, unused_fields(tasks[task]), command)
+        if state is not None:
+            check_fits(args.fork if forked else paths.last, state, model.state_dict())
+            loop.restore(run, state, forked)
+        if state is None or forked:
+            origin = args.fork if forked else None
+            words.run_started(run, notices, unused_fields(tasks[task]), command, origin)
         else:
-            check_fits(paths.last, state, model.state_dict())
-            loop.restore(run, state)
             words.run_resumed(run, notices + _changed_circumstances(run, stored), command)
         # its tensors are the model's now; holding both would double the criterion's memory
         state = None
+        if forked:
+            loop.save_first(run)
         return _train_and_test(run, test_data)
     except TrainingFailed as error:
         with contextlib.suppress(OSError):  # a full disk may be the very reason
@@ -223,21 +235,36 @@ def _state_to_resume(
         said.append(f"there is no checkpoint {paths.last}: --resume starts at step 0")
         return None
     state = load_last_checkpoint(paths.last, said.append)
-    if state.training is None:
-        raise UserError(f"{paths.last} holds a model to evaluate, not a run to resume")
-    if state.config is not None and state.config["task"] != paths.task:
-        raise UserError(f"{paths.last} belongs to task {state.config['task']}, not {paths.task}")
-    if state.training["resolved"]["seed"] != args.random:
+    _check_run(state, paths.last, paths.task, args)
+    return state
+
+
+def _state_to_fork(args: argparse.Namespace, task: str) -> TrainState:
+    """The dense checkpoint of another run that a new one starts from."""
+    state = load_checkpoint(args.fork)
+    _check_run(state, args.fork, task, args)
+    if state.phase != "dense":
         raise UserError(
-            f"{paths.last} belongs to --random {state.training['resolved']['seed']}, not "
-            f"{args.random}"
+            f"{args.fork} was saved after its transition; a fork starts from a dense prefix, "
+            f"which --stop_after N before the transition leaves"
         )
+    return state
+
+
+def _check_run(state: TrainState, path: Path | str, task: str, args: argparse.Namespace) -> None:
+    """Refuses a checkpoint that this task and seed cannot go on from."""
+    if state.training is None:
+        raise UserError(f"{path} holds a model to evaluate, not a run to go on with")
+    if state.config is not None and state.config["task"] != task:
+        raise UserError(f"{path} belongs to task {state.config['task']}, not {task}")
+    seed = state.training["resolved"]["seed"]
+    if seed != args.random:
+        raise UserError(f"{path} belongs to --random {seed}, not {args.random}")
     if args.stop_after is not None and args.stop_after <= state.step:
         raise UserError(
             f"--stop_after {args.stop_after}: the run has {state.step} completed steps already; "
             f"give more or leave it out"
         )
-    return state
 
 
 def _left_behind(paths: RunPaths) -> Path | None:
@@ -268,10 +295,14 @@ def _resume_command(command: str) -> str:
 
 
 def _training_config(
-    args: argparse.Namespace, task: str, task_dict: Mapping[str, Any], state: TrainState | None
+    args: argparse.Namespace,
+    task: str,
+    task_dict: Mapping[str, Any],
+    state: TrainState | None,
+    forked: bool,
 ) -> tuple[TaskConfig, list[str]]:
-    """The task's configuration, or on resuming the checkpoint's, which flags may repeat but not
-    change."""
+    """The task's configuration, or the checkpoint's, which flags may repeat but not change, but
+    for what decides on the transition where a run is forked before it."""
     base = task_dict if state is None else state.config
     assert base is not None
     flags = {path: getattr(args, name) for name, path in FLAGS.items()}
@@ -282,16 +313,16 @@ def _training_config(
     for section in ("model", "training", "sparsity"):
         before, now = getattr(resumed, section).as_dict(), getattr(config, section).as_dict()
         for name, value in before.items():
-            # how often a checkpoint is written changes nothing else
-            if now[name] != value and name != "save_seconds":
+            path = f"{section}.{name}"
+            free = path in CHANGEABLE or (forked and (section == "sparsity" or path in FORKABLE))
+            if now[name] != value and not free:
+                what = "fork" if forked else "resume"
                 raise UserError(
-                    f"cannot resume with {section}.{name}={now[name]}: the run was started with "
-                    f"{value}; "
+                    f"cannot {what} with {path}={now[name]}: the run was started with {value}; "
                     f"leave it out, or start a new run under another --name"
                 )
-    save_seconds = config.training.save_seconds
-    training = dataclasses.replace(resumed.training, save_seconds=save_seconds)
-    return dataclasses.replace(resumed, training=training), []
+    # how many examples are evaluated depends on the task's own batch size
+    return dataclasses.replace(config, num_eval_examples=resumed.num_eval_examples), []
 
 
 def _given_masks(config: TaskConfig) -> torch.Tensor | None:

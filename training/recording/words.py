@@ -23,8 +23,13 @@ from training.run import Run, StepResult
 # ---- start -------------------------------------------------------------------------
 
 
-def run_started(run: Run, notices: list[str], unused: list[str], command: str) -> None:
-    """Rule, device, memory: what a reader of the log needs before the first step."""
+def run_started(
+    run: Run, notices: list[str], unused: list[str], command: str, origin: str | None = None
+) -> None:
+    """Rule, device, memory: what a reader of the log needs before the first step.
+
+    origin: the checkpoint that the run is forked from.
+    """
     config, log, options = run.config, run.log, run.options
     model, training = config.model, config.training
     log.line(
@@ -67,6 +72,8 @@ def run_started(run: Run, notices: list[str], unused: list[str], command: str) -
         log.line(f"kept for compatibility, not used: {', '.join(unused)}")
     for notice in notices:
         log.line(notice)
+    if origin is not None:
+        log.line(f"forked from {origin} after step {run.step}")
     log.event(
         "start",
         step=0,
@@ -79,6 +86,8 @@ def run_started(run: Run, notices: list[str], unused: list[str], command: str) -
         pattern=config.sparsity.pattern,
         when=config.sparsity.transition_when,
         thresholds=run.criterion.thresholds,
+        forked_from=origin,
+        forked_at=None if origin is None else run.step,
     )
     begin_session(run, command)
     log.hparams(hyperparameters(run))

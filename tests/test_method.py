@@ -39,7 +39,7 @@ def test_every_dense_step_says_what_the_choice_would_keep(fresh, capsys):
         for kept, best, chance, lift in zip(
             *(event[n] for n in ("kept_mass", "best_mass", "chance_mass", "lift")), strict=True
         ):
-            assert 0 < chance < kept <= 1 and kept == pytest.approx(best)
+            assert 0 < chance < 1 and 0 < kept <= 1 and kept == pytest.approx(best)
             assert lift == pytest.approx(kept / chance)
         assert len(event["kept_mass_row_min"]) == LAYERS
     assert steps[0]["agreement_1"] == [None] * LAYERS

@@ -21,6 +21,7 @@ from training.commands.launch import (
     resolve_device,
     resolve_precision,
 )
+from training.data import manifest
 from training.data.examples import Dataset
 from training.distributed import World, join_world
 from training.errors import UserError
@@ -60,6 +61,7 @@ def evaluate_run(
     backend = resolve_backend(args.backend, device)
     model = model_of(state, config, backend, device, paths.model)
     test_data = open_split(args.data_dir, config, tasks[task], "test", launch)
+    notices += manifest.describe(args.data_dir, config.task)
     world = join_world(launch.rank, launch.size, device)
     micro = args.batch_size or args.micro_batch_size
     if micro is None or micro == "auto":

@@ -27,6 +27,7 @@ from training.commands.launch import (
     resolve_device,
     resolve_precision,
 )
+from training.data import manifest
 from training.data.examples import Dataset
 from training.distributed import join_world
 from training.errors import UserError
@@ -99,6 +100,7 @@ def train_run(
             for split in ("train", "dev", "test")
         )
         datasets = (train_data, dev_data)
+        notices += manifest.describe(args.data_dir, config.task)
         check_writable(paths.output_dir)
     world = join_world(launch.rank, launch.size, device)
     world.wait()  # all have looked for an earlier run before the first file of this one is there

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from training.data import safe_pickle
+from training.data import manifest, safe_pickle
 from training.data.examples import Dataset
 from training.errors import UserError
 
@@ -51,6 +51,11 @@ class Wanted:
         self.num_classes = num_classes
         self.num_inputs = num_inputs
         self.keys = ("input_ids_0", "input_ids_1")[:num_inputs]
+        self.sha256: str | None = None  # of the pickle, where its manifest says so
+
+    def check_sha256(self, found: str) -> None:
+        if self.sha256 not in (None, found):
+            raise manifest.mixture(self.path)
 
     def error(self, item: int, what: str) -> UserError:
         return UserError(f"{self.path}: item {item:,} (counted from 0) {what}")
@@ -125,6 +130,7 @@ def open_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> Dataset | None:
         _, label, label_item = largest.pop()
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None  # absent, damaged, or removed at this moment
+    wanted.check_sha256(meta["sha256"])
     if len(arrays) != wanted.num_inputs:
         raise wanted.wrong_inputs(len(arrays))
     if meta["length"] != wanted.length:
@@ -235,6 +241,7 @@ def write_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> None:
                     raise FileNotFoundError(errno.ENOENT, "replaced while it was written")
         if file_state(file) != state:
             raise UserError(f"{wanted.path} was changed while it was read")
+        wanted.check_sha256(digest.hexdigest())
         meta = {
             "version": VERSION,
             "pickle": state,

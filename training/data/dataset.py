@@ -7,6 +7,7 @@ memory.
 """
 
 import contextlib
+import hashlib
 import io
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from training.data import manifest
 from training.data.cache import (
     NPY_HEADER,
     Column,
@@ -71,6 +73,7 @@ def open_dataset(
     read.
     """
     wanted = Wanted(Path(path), vocab_size, length, num_classes, num_inputs)
+    wanted.sha256 = manifest.expected_sha256(wanted.path)
     try:
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
@@ -138,7 +141,9 @@ def _read_into_memory(file: BinaryIO, wanted: Wanted) -> Dataset:
         )
     files = [io.BytesIO() for _ in (*wanted.keys, "label")]
     columns = [Column(f) for f in files]
-    convert(file, wanted, columns)
+    digest = hashlib.sha256()
+    convert(file, wanted, columns, on_read=digest.update)
+    wanted.check_sha256(digest.hexdigest())
     arrays = []
     for column, f in zip(columns, files, strict=True):
         column.finish()

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def is_whole(folder, stem: str) -> bool:
     return facts is None or not (facts.get("replacing") or facts["trial"])
 
 
-def check(folder, stem: str, notify: Callable[[str], None]) -> dict[str, Any] | None:
+def check(folder, stem: str) -> dict[str, Any] | None:
     """The manifest of the set that is there, its sizes compared; None without a manifest, or with
     one that describes other files altogether (the original's pickles copied over ours).
 
@@ -80,12 +79,10 @@ def check(folder, stem: str, notify: Callable[[str], None]) -> dict[str, Any] | 
     facts = read(folder, stem)
     if facts is None:
         return None
-    path = path_of(folder, stem)
-    again = "make the set again with its create script"
     if facts.get("replacing"):
         raise UserError(
-            f"{path}: a create script was stopped while it replaced the pickles of {stem}, which "
-            f"may not belong together: {again}"
+            f"{path_of(folder, stem)}: a create script was stopped while it replaced the pickles "
+            f"of {stem}, which may not belong together: run it again"
         )
     sizes = {}
     for split in SPLITS:
@@ -93,28 +90,39 @@ def check(folder, stem: str, notify: Callable[[str], None]) -> dict[str, Any] | 
             sizes[split] = os.stat(Path(folder) / f"{stem}.{split}.pickle").st_size
     wrong = [split for split, size in sizes.items() if size != facts["splits"][split]["size"]]
     if wrong and len(wrong) == len(sizes):
-        notify(f"{path} is stale, it describes other pickles than those here: ignored")
         return None
     if wrong:
-        raise UserError(mixture(folder, stem, wrong[0]))
+        raise mixture(Path(folder) / f"{stem}.{wrong[0]}.pickle")
     return facts
 
 
-def mixture(folder, stem: str, split: str) -> str:
-    """The sentence for a pickle that is not the one the manifest describes."""
-    path = path_of(folder, stem)
-    return (
-        f"{Path(folder) / stem}.{split}.pickle is not of the set that {path.name} describes: the "
-        "pickles do not belong together; make the set again with its create script, or delete "
-        f"{path.name} if they are meant"
+def expected_sha256(pickle: Path) -> str | None:
+    """What the manifest beside a pickle says its SHA-256 is; None if it says nothing of it.
+
+    Raises: UserError as `check` does.
+    """
+    stem, _, split = pickle.name.removesuffix(".pickle").rpartition(".")
+    facts = check(pickle.parent, stem) if split in SPLITS and stem else None
+    return None if facts is None else facts["splits"][split]["sha256"]
+
+
+def mixture(pickle: Path) -> UserError:
+    """For a pickle that is not the one its manifest describes."""
+    name = pickle.name.removesuffix(".pickle").rpartition(".")[0] + ".json"
+    return UserError(
+        f"{pickle} is not of the set that {name} describes: the pickles do not belong together; "
+        f"make the set again with its create script, or delete {name} if they are meant"
     )
 
 
-def describe(facts: dict[str, Any], stem: str) -> list[str]:
-    """What a model is trained on, for people, one line each."""
+def describe(folder, stem: str) -> list[str]:
+    """What a model is trained on, for people, one line each; nothing without a manifest."""
+    facts = check(folder, stem)
+    if facts is None:
+        path = path_of(folder, stem)
+        return [f"{path} is stale, it describes other pickles: ignored"] if path.exists() else []
     counts = " / ".join(f"{facts['splits'][split]['examples']:,}" for split in SPLITS)
-    about = "".join(f", {text}" for text in facts["about"])
-    lines = [f"{stem}: {counts} examples{about}"]
+    lines = [", ".join([f"data of {stem}: {counts} examples", *facts["about"]])]
     if facts["trial"]:
-        lines.append(f"{stem}: this is a trial set ({facts['trial']}), not the task's data")
-    return lines + [f"{stem}: {warning}" for warning in facts["warnings"]]
+        lines.append(f"this is a trial set, not the whole data of {stem}: {facts['trial']}")
+    return lines + [text for text in facts["warnings"] if text != facts["trial"]]

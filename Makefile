@@ -42,21 +42,27 @@ help:
 # tests run beside other work; OpenMP threads that spin while they wait would slow down both
 tests := OMP_WAIT_POLICY=passive $(PY) -m pytest -q
 
-# without a compiler everything still runs, on the backend "reference"; compile.sh says so itself
+# Builds the kernels, then runs a command. Without them everything still runs, on the backend "reference": compile.sh says why,
+# here again after the command's output.
+define with-kernels
+@said=$$(mktemp); PYTHON=$(PY) sh compile.sh 2>"$$said"; cat "$$said" >&2; \
+$(1); status=$$?; grep '^compile.sh: ' "$$said" >&2; rm -f "$$said"; exit $$status
+endef
+
 kernels:
 	@PYTHON=$(PY) sh compile.sh || true
 
-demo: train-env kernels
-	@PYTHON=$(PY) sh experiments/demo.sh
+demo: train-env
+	$(call with-kernels,PYTHON=$(PY) sh experiments/demo.sh)
 
-test: dev-env kernels
-	@$(tests)
+test: dev-env
+	$(call with-kernels,$(tests))
 
-test-slow: dev-env kernels
-	@$(tests) -m "not gpu"
+test-slow: dev-env
+	$(call with-kernels,$(tests) -m "not gpu")
 
-test-gpu: dev-env kernels
-	@$(tests) -m gpu
+test-gpu: dev-env
+	$(call with-kernels,$(tests) -m gpu)
 
 lint: dev-env
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -37,16 +37,34 @@ trap 'rm -rf -- "$build"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-flags="-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-flags="$flags -Wall -Wextra -Wno-psabi"
+flags="-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+flags="$flags -Wall -Wextra -Wno-psabi -Wno-pass-failed"
 
-# accepts FLAGS: whether the compiler builds a small program with them.
+# accepts FLAGS WIDTH CODE: whether a shared library with vectors of that width, threads and CODE can be built with them.
 accepts() {
+    cat >"$build/probe.cpp" <<END
+#define SAT_ISA_NAMESPACE probe
+#define SAT_WIDTH $2
+#include "../csrc/cpu/parallel.h"
+#include "../csrc/cpu/simd.h"
+SAT_EXPORT void probe_all(float* p) {
+    using namespace probe;
+    parallel(2, [=] {
+        vec x[W];
+        for (int i = 0; i < W; ++i) x[i] = exp2(load(p + i));
+        transpose(x);
+        store(reinterpret_cast<bf16*>(p), total(x[0]) + x[W - 1]);
+        $3;
+    });
+}
+END
     # shellcheck disable=SC2086
-    echo 'int main() { return 0; }' | $CXX $flags $1 ${CXXFLAGS:-} -x c++ -c -o "$build/probe.o" - >"$build/probe.log" 2>&1
+    $CXX $flags $1 ${CXXFLAGS:-} -shared -o "$build/probe.so" "$build/probe.cpp" >"$build/probe.log" 2>&1
 }
 
-accepts "" || fail "$CXX cannot compile an empty program ($(head -n 1 "$build/probe.log")); $without."
+accepts "" 4 "" || {
+    fail "$CXX cannot build a small library ($(grep -m 1 error "$build/probe.log" || head -n 1 "$build/probe.log")); $without."
+}
 version=$($CXX --version 2>/dev/null | head -n 1)
 echo "compiler: $CXX ($version)"
 
@@ -67,20 +85,20 @@ defines=""
 selected=""
 for source in $sources; do
     case $source in
-    *_avx2.cpp) needs="-mavx2 -mfma" isa=AVX2 ;;
-    *_avx512.cpp) needs=$avx512 isa=AVX512 ;;
-    *_avx512bf16.cpp) needs="$avx512 -mavx512bf16" isa=AVX512BF16 ;;
-    *_amx.cpp) needs="$avx512 -mavx512bf16 -mamx-tile -mamx-bf16" isa=AMX ;;
+    *_avx2.cpp) isa=AVX2 needs="-mavx2 -mfma" width=8 uses="" ;;
+    *_avx512.cpp) isa=AVX512 needs=$avx512 width=16 uses="" ;;
+    *_avx512bf16.cpp) isa=AVX512BF16 needs="$avx512 -mavx512bf16" width=16 uses="" ;;
+    *_amx.cpp) isa=AMX needs="$avx512 -mavx512bf16 -mamx-tile -mamx-bf16" width=16 uses="_tile_dpbf16ps(0, 1, 2)" ;;
     *)
         selected="$selected $source:"
         continue
         ;;
     esac
     case $machine in
-    x86_64 | amd64) why="$CXX does not accept $needs" ;;
+    x86_64 | amd64) why="$CXX cannot compile for $isa with $needs" ;;
     *) why="this is $machine" needs="" ;;
     esac
-    if [ -n "$needs" ] && accepts "$needs"; then
+    if [ -n "$needs" ] && accepts "$needs" "$width" "$uses"; then
         selected="$selected $source:$(echo "$needs" | tr ' ' ,)"
     else
         echo "left out: $source ($why)"

@@ -313,7 +313,7 @@ def test_compile_sh_explains_what_it_cannot_do(tmp_path):
 
     assert "no C++ compiler found" in fails(PATH=str(tools), CXX="")
     assert "CXX=no-such-compiler is not a program" in fails(CXX="no-such-compiler")
-    assert "cannot compile an empty program (broken-g++: internal error)" in fails(
+    assert "cannot build a small library (broken-g++: internal error)" in fails(
         PATH=f"{tools}:{os.environ['PATH']}", CXX="broken-g++"
     )
     shutil.rmtree(tools / "mktemp", ignore_errors=True)
@@ -333,3 +333,78 @@ def test_compile_sh_stops_at_the_first_error(tmp_path):
     assert result.returncode != 0
     assert "g++ stopped in kernels/csrc/cpu/broken.cpp" in result.stderr
     assert not (copy / "kernels" / "libsat_cpu.so").exists()
+
+
+def test_compile_sh_leaves_out_what_cannot_be_assembled(tmp_path):
+    """A compiler may know an instruction that its assembler does not."""
+    if shutil.which("g++") is None or os.uname().machine != "x86_64":
+        pytest.skip("no g++ for x86-64")
+    copy = clone(tmp_path)
+    keep_only_the_frame(copy)
+    (copy / "kernels" / "csrc" / "cpu" / "none_amx.cpp").write_text("")
+    old = tmp_path / "old-g++"
+    old.write_text(
+        "#!/bin/sh\nfor file; do case $file in *probe.cpp) if grep -q _tile_dpbf16ps $file; then\n"
+        "echo 'old-g++: error: no such instruction'; exit 1; fi ;; esac; done\nexec g++ \"$@\"\n"
+    )
+    old.chmod(0o755)
+    result = compile_sh(copy, CXX=str(old), NVCC="no-nvcc")
+    assert result.returncode == 0, result.stderr
+    assert "left out: kernels/csrc/cpu/none_amx.cpp" in result.stdout
+    assert "cannot compile for AMX" in result.stdout
+
+
+def test_make_says_at_the_end_that_the_kernels_were_not_built(tmp_path):
+    copy = clone(tmp_path)
+    shutil.copy(ROOT / "Makefile", copy)
+    (copy / "experiments").mkdir()
+    (copy / "experiments" / "demo.sh").write_text("echo end of the demo; exit 3\n")
+    result = subprocess.run(
+        ["make", "demo", f"PYTHON={sys.executable}"],
+        cwd=copy,
+        env={**os.environ, "CXX": "no-such-compiler"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 2 and "Error 3" in result.stdout
+    end = result.stdout.partition("end of the demo")[2]
+    assert "compile.sh: CXX=no-such-compiler is not a program" in end
+    assert "training still runs" in end
+
+
+def test_scripts_have_no_carriage_returns_wherever_git_puts_some():
+    command = ["git", "-c", "core.autocrlf=true", "archive", "--format=tar", "HEAD"]
+    found = subprocess.run([*command, "compile.sh", "experiments"], cwd=ROOT, capture_output=True)
+    if found.returncode != 0:
+        pytest.skip("not a checkout of a git repository")
+    assert b"set -u" in found.stdout and b"\r" not in found.stdout
+
+
+COMPILERS = ("g++-10", "g++-11", "g++-12", "g++-13", "g++-14", "clang++-14", "clang++-15")
+COMPILERS += ("clang++-16", "clang++-17")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_every_compiler_builds_the_same_semantics(tmp_path, compiler):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    copy = clone(tmp_path)
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    built = compile_sh(copy, CXX=compiler, NVCC="no-nvcc")
+    assert built.returncode == 0, built.stderr
+    assert built.stderr == "", "warnings"
+    assert "left out: kernels" not in built.stdout, built.stdout
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["tests/test_attention_semantics.py", "tests/test_statistics_kernel.py"]
+    found = subprocess.run(
+        [*command, "-k", "cpu and not emulated and not inductor and not memory"],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    assert " passed" in found.stdout

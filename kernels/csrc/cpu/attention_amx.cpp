@@ -56,10 +56,10 @@ struct Tiles {
     static SAT_INLINE Window window(const PairFactor<COLUMNS>& a, int row, long k, float* buffer) {
         const float* pairs_of_k = reinterpret_cast<const float*>(a.data) + k * COLUMNS + row;
         vec x[W];
-#pragma GCC unroll 16
+        SAT_UNROLL(16)
         for (int n = 0; n < W; ++n) x[n] = n < STEP ? load(pairs_of_k + n * COLUMNS) : vec{};
         transpose(x);
-#pragma GCC unroll 16
+        SAT_UNROLL(16)
         for (int n = 0; n < W; ++n) store(buffer + n * W, x[n]);
         return {buffer, 64};
     }
@@ -125,9 +125,9 @@ struct Tiles {
     // Rows [row, row + NR) of a product in memory.
     template <int NR, int NV>
     static SAT_INLINE void read(vec (&acc)[NR][NV], const float* c, int row) {
-#pragma GCC unroll 16
+        SAT_UNROLL(16)
         for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 4
+            SAT_UNROLL(4)
             for (int v = 0; v < NV; ++v) acc[r][v] = load(c + (row + r) * NV * W + v * W);
     }
 

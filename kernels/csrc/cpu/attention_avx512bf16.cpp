@@ -22,21 +22,21 @@ struct Dot {
     template <int NR, int NV, class A>
     static SAT_INLINE void step(vec (&acc)[NR][NV], int row, long k, const A& a, const uint32_t* b, long columns) {
         pairs y[NV];
-#pragma GCC unroll 4
+        SAT_UNROLL(4)
         for (int v = 0; v < NV; ++v) y[v] = load_pairs(b + k * columns + v * W);
-#pragma GCC unroll 16
+        SAT_UNROLL(16)
         for (int r = 0; r < NR; ++r) {
             const pairs x = broadcast(a, row + r, k);
-#pragma GCC unroll 4
+            SAT_UNROLL(4)
             for (int v = 0; v < NV; ++v) acc[r][v] = dot2(acc[r][v], x, y[v]);
         }
     }
 
     template <int NR, int NV>
     static SAT_INLINE void clear(vec (&acc)[NR][NV]) {
-#pragma GCC unroll 16
+        SAT_UNROLL(16)
         for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 4
+            SAT_UNROLL(4)
             for (int v = 0; v < NV; ++v) acc[r][v] = vec{};
     }
 
@@ -46,7 +46,7 @@ struct Dot {
         for (int row = 0; row < ROWS; row += NR) {
             vec acc[NR][NV];
             clear(acc);
-#pragma GCC unroll 2
+            SAT_UNROLL(2)
             for (long k = 0; k < depth; ++k) step(acc, row, k, a, b, columns);
             emit(row, acc);
         }
@@ -75,9 +75,9 @@ struct Dot {
             panel<ROWS, NV>(depth, a, b + first, columns, [&](int row, auto& acc) {
                 constexpr int NR = sizeof(acc) / sizeof(acc[0]);
                 pause();
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 4
+                    SAT_UNROLL(4)
                     for (int v = 0; v < NV; ++v) {
                         float* p = c + (row + r) * columns + first + v * W;
                         store(p, fresh ? acc[r][v] : load(p) + acc[r][v]);

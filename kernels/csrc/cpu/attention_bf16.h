@@ -34,7 +34,11 @@ typedef uint32_t pairs_unaligned __attribute__((vector_size(64), aligned(2), may
 
 constexpr uint32_t ONES = 0x3f803f80;    // a pair of 1.0
 
-SAT_INLINE pairs splat_pair(uint32_t x) { return x + pairs{}; }
+SAT_INLINE pairs splat_pair(uint32_t x) {
+    pairs all = x + pairs{};
+    SAT_HIDE(all);
+    return all;
+}
 SAT_INLINE pairs load_pairs(const void* p) { return *static_cast<const pairs_unaligned*>(p); }
 SAT_INLINE void store_pairs(void* p, pairs x) { *static_cast<pairs_unaligned*>(p) = x; }
 
@@ -100,7 +104,7 @@ SAT_INLINE bool safe(vec total) {
 SAT_INLINE vec sums(vec (&x)[W]) {
     transpose(x);
     for (int step = W / 2; step; step /= 2)
-#pragma GCC unroll 8
+        SAT_UNROLL(8)
         for (int r = 0; r < step; ++r) x[r] += x[r + step];
     return x[0];
 }
@@ -164,10 +168,10 @@ SAT_INLINE void pack_columns(const Rows& rows, int count, int d, uint32_t* packe
             const int n = d / 2 - c < W ? W / 2 : W;
             const __mmask16 lanes = n == W ? 0xffff : 0xff;
             vec x[W];
-#pragma GCC unroll 16
+            SAT_UNROLL(16)
             for (int r = 0; r < W; ++r) x[r] = _mm512_maskz_loadu_ps(lanes, rows.row(i + r) + 2 * c);
             transpose(x);
-#pragma GCC unroll 16
+            SAT_UNROLL(16)
             for (int r = 0; r < W; ++r)
                 if (r < n) store(reinterpret_cast<float*>(tile + (c + r) * T), x[r]);
         }
@@ -267,7 +271,7 @@ struct Kernel {
         float* o;                       // [bs][d]
         float *reference, *total;       // [bs]
         static size_t size(int d) {
-            return MAX_BLOCK * d / 2 * 4 + T * d / 2 * 3 + T * T / 2 + 2 * MAX_BLOCK;
+            return 4 * (MAX_BLOCK * d / 2 * 4 + T * d / 2 * 3 + T * T / 2 + 2 * MAX_BLOCK);
         }
         Forward(Scratch& s, int d)
             : rows((bf16*)s.take(MAX_BLOCK * d / 2)), keys((bf16*)s.take(T * d / 2)), values((bf16*)s.take(T * d / 2)),
@@ -285,11 +289,11 @@ struct Kernel {
         Engine::template panel<T, NV>(dim / 2, k.factor(), qt, T, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
             ahead();
-#pragma GCC unroll 16
+            SAT_UNROLL(16)
             for (int v = 0; v < NV; ++v) {
                 const vec shift = load(reference + v * W);
                 vec sum = load(total + v * W);
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int r = 0; r < NR; r += 2) {
                     vec x = exp2_rough<3>(acc[r][v] * scale - shift);
                     vec y = exp2_rough<3>(acc[r + 1][v] * scale - shift);
@@ -436,7 +440,7 @@ struct Kernel {
         float *lse, *delta, *ones, *scales;            // [bs]
         float *dk, *dv;                                // [`accumulated`][d]
         static size_t size(int d, long accumulated) {
-            return MAX_BLOCK * d / 2 * 9 + T * d / 2 * 3 + T * T / 2 * 3 + 4 * MAX_BLOCK + 2 * accumulated * d;
+            return 4 * (MAX_BLOCK * d / 2 * 9 + T * d / 2 * 3 + T * T / 2 * 3 + 4 * MAX_BLOCK + 2 * accumulated * d);
         }
         Backward(Scratch& s, int d, long accumulated, float scale)
             : rows((bf16*)s.take(MAX_BLOCK * d / 2)), drows((bf16*)s.take(MAX_BLOCK * d / 2)),
@@ -491,15 +495,15 @@ struct Kernel {
         Engine::template panels<T, NV>(dim / 2, k.factor(), qt, v.factor(), dot, T, [&](int row, auto& s, auto& dp) {
             constexpr int NR = sizeof(s) / sizeof(s[0]);
             ahead();
-#pragma GCC unroll 16
+            SAT_UNROLL(16)
             for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int n = 0; n < NV; ++n) {
                     s[r][n] = exp2_rough<3>(s[r][n] * scale - load(lse + n * W));
                     if (PADDED && !real[row + r]) s[r][n] = vec{};
                     dp[r][n] = s[r][n] * (dp[r][n] - load(delta + n * W));
                 }
-#pragma GCC unroll 16
+            SAT_UNROLL(16)
             for (int r = 0; r < NR; r += 2) {
                 bf16 *to_p = p + (row + r) * T, *to_ds = ds + (row + r) * T;
                 uint32_t* to_pairs = ds_pairs + (row + r) / 2 * T;
@@ -682,7 +686,7 @@ struct Statistics {
         float* pooled;                         // [heads][nb] sums over a block
         static size_t size(const Statistics& call) {
             const size_t probs = call.call.mean ? call.N * T : 0;
-            return T * call.d / 2 * 3 + 2 * probs + call.nb * T + 3 * T + call.heads * call.nb;
+            return 4 * (T * call.d / 2 * 3 + 2 * probs + call.nb * T + 3 * T + call.heads * call.nb);
         }
         Pieces(Scratch& s, const Statistics& call)
             : rows((bf16*)s.take(T * call.d / 2)), keys((bf16*)s.take(T * call.d / 2)),
@@ -700,11 +704,11 @@ struct Statistics {
         Engine::template panel<T, NV>(dim / 2, k.factor(), s.qt, T, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
             s.ahead();
-#pragma GCC unroll 4
+            SAT_UNROLL(4)
             for (int v = 0; v < NV; ++v) {
                 const vec shift = load(s.reference + v * W), inverse = load(s.inverse + v * W);
                 vec sum{};
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int r = 0; r < NR; ++r) {
                     vec x = exp2_rough<4>(acc[r][v] * scale - shift);
                     if (PADDED && !real[row + r]) x = vec{};
@@ -800,11 +804,11 @@ struct Statistics {
             for (long j = 0; j < N; j += W) {
                 float* mean = call.mean + (group * N + row + i) * N + j;
                 vec x[W];
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int k = 0; k < W; ++k)
                     x[k] = load(s.mean + (j + k) * T + i) + load(s.p + (j + k) * T + i) * inverse;
                 transpose(x);
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int k = 0; k < W; ++k) {
                     __builtin_prefetch(mean + k * N + 8 * W, 0, 2);    // rows 4 KiB apart share a set of L1
                     store(mean + k * N, load(mean + k * N) + x[k] * weight);

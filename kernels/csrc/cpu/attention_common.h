@@ -2,13 +2,8 @@
 // kept blocks, threads. Included after SAT_ISA_NAMESPACE and SAT_WIDTH are defined, like simd.h.
 #pragma once
 
-#include <omp.h>
-#include <stdlib.h>
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#endif
-
 #include "attention.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace SAT_ISA_NAMESPACE {
@@ -35,38 +30,6 @@ KeysState state_of(const uint8_t* real, int count) {
     for (int j = 0; j < count; ++j) n += real[j] != 0;
     return n == 0 ? NO_KEY : n == count ? ALL_KEYS : SOME_KEYS;
 }
-
-// ---- scratch ----
-
-// Hands out 64-byte aligned pieces of one allocation. For AddressSanitizer there is a gap after each, that nobody may touch.
-class Scratch {
-  public:
-    explicit Scratch(size_t floats) : base_(nullptr), next_(nullptr) {
-        if (posix_memalign(reinterpret_cast<void**>(&base_), 64, (floats + 1024) * sizeof(float)) != 0) base_ = nullptr;
-        next_ = base_;
-    }
-    ~Scratch() {
-#ifdef __SANITIZE_ADDRESS__
-        __asan_unpoison_memory_region(base_, (next_ - base_) * sizeof(float));
-#endif
-        free(base_);
-    }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    bool failed() const { return !base_; }
-    float* take(size_t floats) {
-        float* piece = next_;
-        next_ += (floats + 15) / 16 * 16;    // the constructor's 1024 floats pay for the rounding and for gaps
-#ifdef __SANITIZE_ADDRESS__
-        next_ += 16;
-        __asan_poison_memory_region(piece + floats, (next_ - piece - floats) * sizeof(float));
-#endif
-        return piece;
-    }
-
-  private:
-    float *base_, *next_;
-};
 
 // ---- kept blocks ----
 
@@ -119,29 +82,6 @@ void sum_pooled(const SatStatistics& call, long group, long r, const float* pool
             squares += value * value;
         }
     call.square_sum[group * nb + r] = squares;
-}
-
-// ---- threads ----
-
-// Calls work(pieces, index) for index in [0, count) on `threads` threads, each with scratch of its own.
-template <class Make, class Work>
-int spread(long threads, long count, int chunk, size_t floats, Make make, Work work) {
-    bool failed = false;
-#pragma omp parallel num_threads(static_cast<int>(threads))
-    {
-        Scratch scratch(floats);
-        if (scratch.failed()) {
-#pragma omp atomic write
-            failed = true;
-        }
-#pragma omp barrier
-        if (!failed) {    // the same for every thread
-            const auto pieces = make(scratch);
-#pragma omp for schedule(dynamic, chunk)
-            for (long i = 0; i < count; ++i) work(pieces, i);
-        }
-    }
-    return failed ? SAT_OUT_OF_MEMORY : SAT_OK;
 }
 
 }    // namespace

@@ -81,9 +81,9 @@ template <int NR, int NV, class Emit>
 SAT_INLINE void micro(int row, long depth, const float* a, long a_row, long a_depth, const float* b, long b_depth,
                       Ahead& ahead, Emit& emit) {
     vec acc[NR][NV];
-#pragma GCC unroll 16
+    SAT_UNROLL(16)
     for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 16
+        SAT_UNROLL(16)
         for (int v = 0; v < NV; ++v) acc[r][v] = vec{};
     a += row * a_row;
     for (long granule = 0; granule < depth; granule += GRANULE) {
@@ -94,22 +94,22 @@ SAT_INLINE void micro(int row, long depth, const float* a, long a_row, long a_de
             reads.line += reads.stride, writes.line += writes.stride;
             if constexpr (REGISTERS == 32) {
                 vec y[NV];
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int v = 0; v < NV; ++v) y[v] = load(b + k * b_depth + v * W);
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int r = 0; r < NR; ++r) {
                     const vec x = splat(a[r * a_row + k * a_depth]);
-#pragma GCC unroll 16
+                    SAT_UNROLL(16)
                     for (int v = 0; v < NV; ++v) acc[r][v] += x * y[v];
                 }
             } else {
                 vec x[NR];
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int r = 0; r < NR; ++r) x[r] = splat(a[r * a_row + k * a_depth]);
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int v = 0; v < NV; ++v) {
                     const vec y = load(b + k * b_depth + v * W);
-#pragma GCC unroll 16
+                    SAT_UNROLL(16)
                     for (int r = 0; r < NR; ++r) acc[r][v] += x[r] * y;
                 }
             }
@@ -147,9 +147,9 @@ SAT_INLINE void add_product(long depth, const float* a, long a_row, long a_depth
     for (; first + NV * W <= columns; first += NV * W)
         panel<ROWS, NV>(depth, a, a_row, a_depth, b + first, b_depth, ahead, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
-#pragma GCC unroll 16
+            SAT_UNROLL(16)
             for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int v = 0; v < NV; ++v) {
                     float* p = c + (row + r) * c_row + first + v * W;
                     store(p, FIRST ? acc[r][v] : load(p) + acc[r][v]);
@@ -179,7 +179,7 @@ struct Head {
 template <int D, class T>
 SAT_INLINE void convert_rows(const T* p, long row, long column, int count, int d, float* to) {
     if (column == 1)
-#pragma GCC unroll 4
+        SAT_UNROLL(4)
         for (int i = 0; i < count; ++i)
             for (int c = 0; c < d; c += W) store(to + i * d + c, load(p + i * row + c));
     else
@@ -200,7 +200,7 @@ __attribute__((noinline)) void read_rows(const Head& head, long first, int count
 
 template <int D, class T>
 SAT_INLINE void convert_back(const float* from, const float* factor, int count, int d, T* p, long row) {
-#pragma GCC unroll 4
+    SAT_UNROLL(4)
     for (int i = 0; i < count; ++i)
         for (int c = 0; c < d; c += W) store(p + i * row + c, load(from + i * d + c) * factor[i]);
 }
@@ -231,10 +231,10 @@ void pack(const float* rows, int count, int d, float factor, float* packed) {
         float* tile = packed + i / TI * TI * d + i % TI;
         for (int c = 0; c < d; c += W) {
             vec x[W];
-#pragma GCC unroll 16
+            SAT_UNROLL(16)
             for (int r = 0; r < W; ++r) x[r] = load(rows + (i + r) * d + c) * factor;
             transpose(x);
-#pragma GCC unroll 16
+            SAT_UNROLL(16)
             for (int r = 0; r < W; ++r) store(tile + (c + r) * TI, x[r]);
         }
     }
@@ -268,11 +268,11 @@ struct Kernel {
         const int dim = D ? D : d_;
         panel<TJ, NV>(dim, k, dim, 1, qt, TI, ahead, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
-#pragma GCC unroll 16
+            SAT_UNROLL(16)
             for (int v = 0; v < NV; ++v) {
                 const vec shift = load(reference + v * W);
                 vec sum{};
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int r = 0; r < NR; ++r) {
                     vec x = exp2(acc[r][v] - shift);
                     if (real && !real[row + r]) x = vec{};
@@ -302,10 +302,10 @@ struct Kernel {
         const int dim = D ? D : d_;
         panel<TJ, NV>(dim, v, dim, 1, dot, TI, ahead, [&](int row, auto& acc) {
             constexpr int NR = sizeof(acc) / sizeof(acc[0]);
-#pragma GCC unroll 16
+            SAT_UNROLL(16)
             for (int v = 0; v < NV; ++v) {
                 const vec shift = load(delta + v * W);
-#pragma GCC unroll 16
+                SAT_UNROLL(16)
                 for (int r = 0; r < NR; ++r) {
                     float* x = p + (row + r) * TI + v * W;
                     store(x, load(x) * (acc[r][v] - shift));
@@ -367,7 +367,7 @@ struct Kernel {
         float* o;                  // [bs][d]
         float* p;                  // [TJ][TI]
         float *reference, *total;  // [bs]
-        static size_t size(int d, int bs) { return 3 * bs * d + 2 * TJ * d + TJ * TI + 2 * bs; }
+        static size_t size(int d, int bs) { return 4 * (3 * bs * d + 2 * TJ * d + TJ * TI + 2 * bs); }
         Forward(Scratch& scratch, int d, int bs)
             : rows(scratch.take(bs * d)), keys(scratch.take(TJ * d)), values(scratch.take(TJ * d)),
               qt(scratch.take(bs * d)), o(scratch.take(bs * d)), p(scratch.take(TJ * TI)),
@@ -469,7 +469,7 @@ struct Kernel {
         float *lse, *delta, *ones;      // [bs]
         float *dk, *dv;                 // [`accumulated`][d], only where outputs are not fp32
         static size_t size(int d, int bs, long accumulated) {
-            return 6 * bs * d + 2 * TJ * d + TJ * TI + 3 * bs + 2 * accumulated * d;
+            return 4 * (6 * bs * d + 2 * TJ * d + TJ * TI + 3 * bs + 2 * accumulated * d);
         }
         Backward(Scratch& scratch, int d, int bs, long accumulated)
             : rows(scratch.take(bs * d)), drows(scratch.take(bs * d)), orows(scratch.take(bs * d)),
@@ -715,7 +715,7 @@ struct Statistics {
         float* pooled;         // [heads][nb] sums over a block
     };
     size_t size() const {
-        return TI * d + TJ * d + TI * d + 2 * (call.mean ? N : TJ) * TI + nb * TI + 3 * TI + heads * nb;
+        return 4 * (TI * d + TJ * d + TI * d + 2 * (call.mean ? N : TJ) * TI + nb * TI + 3 * TI + heads * nb);
     }
     Pieces pieces(Scratch& s) const {
         const size_t probs = (call.mean ? N : TJ) * TI;
@@ -786,7 +786,7 @@ struct Statistics {
         vec inverse[NV];
         for (int v = 0; v < NV; ++v) inverse[v] = load(s.inverse + v * W);
         for (long j = first; j < first + TJ; ++j)
-#pragma GCC unroll 4
+            SAT_UNROLL(4)
             for (int v = 0; v < NV; ++v) {
                 float* mean = s.mean + j * TI + v * W;
                 store(mean, load(mean) + load(s.p + j * TI + v * W) * inverse[v]);

@@ -9,9 +9,8 @@
 #pragma once
 
 #include "fused_abi.h"
+#include "parallel.h"
 #include "simd.h"
-
-#include <stdlib.h>
 
 namespace SAT_ISA_NAMESPACE {
 
@@ -76,13 +75,6 @@ SAT_INLINE int64_t features(int64_t e) {
     return FIXED ? FIXED : e;
 }
 
-// The sum of all lanes, in every lane.
-SAT_INLINE vec total(vec x) {
-    const ivec lanes = lane_numbers();
-    for (int half = W / 2; half; half /= 2) x += __builtin_shuffle(x, lanes ^ half);
-    return x;
-}
-
 // Where a row stands: its token, and its example's key of one dropout site.
 struct Position {
     int64_t length, next_example, token;
@@ -104,14 +96,14 @@ template <int FIXED>
 SAT_INLINE void row_statistics(const float* buffer, int64_t e, float eps, float* stats) {
     const int64_t E = features<FIXED>(e);
     vec sum0{}, sum1{};
-#pragma GCC unroll 16
+    SAT_UNROLL(16)
     for (int64_t i = 0; i < E; i += 2 * W) {
         sum0 += load(buffer + i);
         sum1 += load(buffer + i + W);
     }
     const vec mean = total(sum0 + sum1) * (1.0f / static_cast<float>(E));
     vec square0{}, square1{};
-#pragma GCC unroll 16
+    SAT_UNROLL(16)
     for (int64_t i = 0; i < E; i += 2 * W) {
         const vec d0 = load(buffer + i) - mean, d1 = load(buffer + i + W) - mean;
         square0 += d0 * d0;
@@ -127,7 +119,7 @@ SAT_INLINE void normalise_row(const float* buffer, int64_t e, const float* stats
                               const float* bias, Normed* out) {
     const int64_t E = features<FIXED>(e);
     const vec mean = splat(stats[0]), rstd = splat(stats[1]);
-#pragma GCC unroll 16
+    SAT_UNROLL(16)
     for (int64_t i = 0; i < E; i += W)
         store(out + i, (load(buffer + i) - mean) * rstd * load(weight + i) + load(bias + i));
 }
@@ -139,7 +131,7 @@ SAT_INLINE void norm_backward_row(const Y* y, const Y* dy, const Normed* dnormed
     const int64_t E = features<FIXED>(e);
     const vec mean = splat(stats[0]), rstd = splat(stats[1]);
     vec sum{}, dot{};
-#pragma GCC unroll 16
+    SAT_UNROLL(16)
     for (int64_t i = 0; i < E; i += W) {
         const vec dn = load(dnormed + i), normalised = (load(y + i) - mean) * rstd;
         const vec g = dn * load(weight + i);
@@ -150,7 +142,7 @@ SAT_INLINE void norm_backward_row(const Y* y, const Y* dy, const Normed* dnormed
     }
     sum = total(sum) * (1.0f / static_cast<float>(E));
     dot = total(dot) * (1.0f / static_cast<float>(E));
-#pragma GCC unroll 16
+    SAT_UNROLL(16)
     for (int64_t i = 0; i < E; i += W) {
         const vec normalised = (load(y + i) - mean) * rstd;
         const vec g = load(dnormed + i) * load(weight + i);
@@ -173,17 +165,16 @@ template <int FIXED, class X, class Branch, class Normed>
 static void add_norm(const SatNorm& a, const X* x, const Branch* branch, X* y, Normed* normed, float* stats) {
     const int64_t E = features<FIXED>(a.features), blocks = E / MASK_BLOCK;
     const vec scale = splat(a.scale);
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-    for (int64_t piece = 0; piece < sat_pieces(a.rows); ++piece) {
+    spread(a.threads, sat_pieces(a.rows), [&](int64_t piece) {
         float buffer[SAT_MAX_FEATURES];
         const int64_t end = a.rows < (piece + 1) * SAT_PIECE ? a.rows : (piece + 1) * SAT_PIECE;
         Position at_row(a.length, a.site_key, a.first_example, piece * SAT_PIECE);
         for (int64_t row = piece * SAT_PIECE; row < end; ++row, at_row.next()) {
-#pragma GCC unroll 4
+            SAT_UNROLL(4)
             for (int64_t block = 0; block < blocks; ++block) {
                 Keep keep[PARTS];
                 keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
-#pragma GCC unroll 8
+                SAT_UNROLL(8)
                 for (int i = 0; i < PARTS; ++i) {
                     const int64_t at = block * MASK_BLOCK + i * W;
                     const vec b = scale_kept(keep[i], load(branch + row * E + at), scale);
@@ -194,7 +185,7 @@ static void add_norm(const SatNorm& a, const X* x, const Branch* branch, X* y, N
             row_statistics<FIXED>(buffer, E, a.eps, stats + 2 * row);
             normalise_row<FIXED>(buffer, E, stats + 2 * row, a.weight, a.bias, normed + row * E);
         }
-    }
+    });
 }
 
 template <int FIXED, class X, class Branch, class Normed>
@@ -202,8 +193,7 @@ static void add_norm_backward(const SatNorm& a, const X* y, const float* stats, 
                               X* dx, Branch* dbranch, float* pieces, float* dparameters) {
     const int64_t E = features<FIXED>(a.features), blocks = E / MASK_BLOCK;
     const vec scale = splat(a.scale);
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-    for (int64_t piece = 0; piece < sat_pieces(a.rows); ++piece) {
+    spread(a.threads, sat_pieces(a.rows), [&](int64_t piece) {
         float buffer[SAT_MAX_FEATURES];
         float* dweight = pieces + piece * 2 * E;
         for (int64_t i = 0; i < 2 * E; ++i) dweight[i] = 0.0f;
@@ -213,11 +203,11 @@ static void add_norm_backward(const SatNorm& a, const X* y, const float* stats, 
             const int64_t start = row * E;
             norm_backward_row<FIXED>(y + start, dy ? dy + start : dy, dnormed + start, E, stats + 2 * row, a.weight,
                                      dweight, dweight + E, buffer);
-#pragma GCC unroll 4
+            SAT_UNROLL(4)
             for (int64_t block = 0; block < blocks; ++block) {
                 Keep keep[PARTS];
                 keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
-#pragma GCC unroll 8
+                SAT_UNROLL(8)
                 for (int i = 0; i < PARTS; ++i) {
                     const int64_t at = block * MASK_BLOCK + i * W;
                     const vec d = load(buffer + at);
@@ -226,7 +216,7 @@ static void add_norm_backward(const SatNorm& a, const X* y, const float* stats, 
                 }
             }
         }
-    }
+    });
     add_pieces(pieces, sat_pieces(a.rows), 2 * E, dparameters);
 }
 
@@ -237,19 +227,18 @@ static void embed_norm(const SatNorm& a, const int64_t* ids, const X* words, con
                        float* stats) {
     const int64_t E = features<FIXED>(a.features), blocks = E / MASK_BLOCK;
     const vec scale = splat(a.scale);
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-    for (int64_t piece = 0; piece < sat_pieces(a.rows); ++piece) {
+    spread(a.threads, sat_pieces(a.rows), [&](int64_t piece) {
         float buffer[SAT_MAX_FEATURES];
         const int64_t end = a.rows < (piece + 1) * SAT_PIECE ? a.rows : (piece + 1) * SAT_PIECE;
         Position at_row(a.length, a.site_key, a.first_example, piece * SAT_PIECE);
         for (int64_t row = piece * SAT_PIECE; row < end; ++row, at_row.next()) {
             const X* word = words + ids[row] * E;
             const X* position = positions + at_row.token * E;
-#pragma GCC unroll 4
+            SAT_UNROLL(4)
             for (int64_t block = 0; block < blocks; ++block) {
                 Keep keep[PARTS];
                 keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
-#pragma GCC unroll 8
+                SAT_UNROLL(8)
                 for (int i = 0; i < PARTS; ++i) {
                     const int64_t at = block * MASK_BLOCK + i * W;
                     const vec sum = load(word + at) + load(position + at);
@@ -260,7 +249,7 @@ static void embed_norm(const SatNorm& a, const int64_t* ids, const X* words, con
             row_statistics<FIXED>(buffer, E, a.eps, stats + 2 * row);
             normalise_row<FIXED>(buffer, E, stats + 2 * row, a.weight, a.bias, normed + row * E);
         }
-    }
+    });
 }
 
 // dsum [rows, E]: the gradient of word + position at every token.
@@ -269,8 +258,7 @@ static void embed_norm_backward(const SatNorm& a, const X* x, const float* stats
                                 float* dsum, float* pieces, float* dparameters) {
     const int64_t E = features<FIXED>(a.features), blocks = E / MASK_BLOCK;
     const vec scale = splat(a.scale);
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-    for (int64_t piece = 0; piece < sat_pieces(a.rows); ++piece) {
+    spread(a.threads, sat_pieces(a.rows), [&](int64_t piece) {
         float* dweight = pieces + piece * 2 * E;
         for (int64_t i = 0; i < 2 * E; ++i) dweight[i] = 0.0f;
         const int64_t end = a.rows < (piece + 1) * SAT_PIECE ? a.rows : (piece + 1) * SAT_PIECE;
@@ -279,18 +267,18 @@ static void embed_norm_backward(const SatNorm& a, const X* x, const float* stats
             const int64_t start = row * E;
             norm_backward_row<FIXED>(x + start, dx ? dx + start : dx, dnormed + start, E, stats + 2 * row, a.weight,
                                      dweight, dweight + E, dsum + start);
-#pragma GCC unroll 4
+            SAT_UNROLL(4)
             for (int64_t block = 0; block < blocks; ++block) {
                 Keep keep[PARTS];
                 keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
-#pragma GCC unroll 8
+                SAT_UNROLL(8)
                 for (int i = 0; i < PARTS; ++i) {
                     float* d = dsum + start + block * MASK_BLOCK + i * W;
                     store(d, scale_kept(keep[i], load(d), scale));
                 }
             }
         }
-    }
+    });
     add_pieces(pieces, sat_pieces(a.rows), 2 * E, dparameters);
 }
 
@@ -308,13 +296,12 @@ static int tables_backward(const SatNorm& a, const int64_t* ids, const float* ds
                            float* dpositions) {
     const int64_t E = a.features;
     if (dpositions) {
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-        for (int64_t token = 0; token < a.length; ++token) {
+        spread(a.threads, a.length, [&](int64_t token) {
             float* out = dpositions + token * E;
             for (int64_t i = 0; i < E; i += W) store(out + i, vec{});
             for (int64_t row = token; row < a.rows; row += a.length)
                 for (int64_t i = 0; i < E; i += W) store(out + i, load(out + i) + load(dsum + row * E + i));
-        }
+        });
     }
     // Tokens sorted by word (counting sort, stable), cut into pieces: one frequent word (a picture's black) is
     // shared by all threads, and each sum has a fixed order.
@@ -341,13 +328,12 @@ static int tables_backward(const SatNorm& a, const int64_t* ids, const float* ds
         }
         // A word's first piece goes to the table, piece k > 0 to partial[k - word - 1 ...]: pieces beyond the first
         // are numbered through all words, piece minus word.
-#pragma omp parallel for schedule(dynamic, 8) num_threads(a.threads)
-        for (int64_t piece = 0; piece < count; ++piece) {
+        spread(a.threads, count, 8, [&](int64_t piece) {
             const int64_t word = word_of[piece];
             const int64_t end = start[word + 1] < begin[piece] + SAT_PIECE ? start[word + 1] : begin[piece] + SAT_PIECE;
             const bool first = begin[piece] == start[word];
             sum_rows(dsum, order, begin[piece], end, E, first ? dwords + word * E : partial + (piece - word - 1) * E);
-        }
+        });
         for (int64_t piece = 0; piece < count; ++piece) {
             const int64_t word = word_of[piece];
             if (begin[piece] == start[word]) continue;
@@ -448,7 +434,7 @@ SAT_INLINE void gelu_block(const SatGelu& a, const T* x, const T* grad, T* out, 
     Keep keep[PARTS];
     keep_block(key, block, a.threshold, keep);
     const vec scale = splat(a.scale);
-#pragma GCC unroll 8
+    SAT_UNROLL(8)
     for (int i = 0; i < PARTS; ++i) {
         const vec v = load(x + i * W);
         const Normal n = normal_tail<T>(v);
@@ -461,8 +447,7 @@ template <bool BACKWARD, class T>
 static void gelu_dropout(const SatGelu& a, const T* x, const T* grad, T* out) {
     const int64_t blocks = (a.size + MASK_BLOCK - 1) / MASK_BLOCK;    // of an example
     const int64_t step = 64, pieces = (blocks + step - 1) / step;
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-    for (int64_t piece = 0; piece < a.examples * pieces; ++piece) {
+    spread(a.threads, a.examples * pieces, [&](int64_t piece) {
         const int64_t example = piece / pieces, first = piece % pieces * step;
         const int64_t end = first + step < blocks ? first + step : blocks;
         const ExampleKey key = example_key(a.site_key, a.first_example + example);
@@ -480,7 +465,7 @@ static void gelu_dropout(const SatGelu& a, const T* x, const T* grad, T* out) {
                 for (int64_t i = 0; i < left; ++i) out[at + i] = padded[2][i];
             }
         }
-    }
+    });
 }
 
 // ---- mean over tokens ---------------------------------------------------------------------------
@@ -488,22 +473,20 @@ static void gelu_dropout(const SatGelu& a, const T* x, const T* grad, T* out) {
 template <class T>
 static void mean(const SatMean& a, const T* x, float* out) {
     const int64_t N = a.length, E = a.features;
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-    for (int64_t example = 0; example < a.examples; ++example) {
+    spread(a.threads, a.examples, [&](int64_t example) {
         float* sum = out + example * E;
         for (int64_t i = 0; i < E; ++i) sum[i] = 0.0f;
         for (int64_t row = example * N; row < (example + 1) * N; ++row)
             if (a.mask[row])
                 for (int64_t i = 0; i < E; i += W) store(sum + i, load(sum + i) + load(x + row * E + i));
         for (int64_t i = 0; i < E; ++i) sum[i] /= static_cast<float>(N);
-    }
+    });
 }
 
 template <class T>
 static void mean_backward(const SatMean& a, const float* dout, T* dx) {
     const int64_t N = a.length, E = a.features;
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-    for (int64_t example = 0; example < a.examples; ++example) {
+    spread(a.threads, a.examples, [&](int64_t example) {
         T share[SAT_MAX_FEATURES];
         for (int64_t i = 0; i < E; i += W) store(share + i, load(dout + example * E + i) / static_cast<float>(N));
         for (int64_t row = example * N; row < (example + 1) * N; ++row) {
@@ -512,7 +495,7 @@ static void mean_backward(const SatMean& a, const float* dout, T* dx) {
             else
                 memset(dx + row * E, 0, E * sizeof(T));
         }
-    }
+    });
 }
 
 // ---- the table of this instruction set ----------------------------------------------------------

@@ -52,8 +52,9 @@ SAT_INLINE vec multiply_add(float a, const float* b, vec sum) { return sum + spl
 SAT_INLINE vec multiply_add(Pair a, const Pair* b, vec sum) {
     int bits;
     memcpy(&bits, &a, 4);
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits)),
-                            reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
+    ivec all = bits + ivec{};
+    SAT_HIDE(all);
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(all), reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
 }
 #endif
 
@@ -64,13 +65,13 @@ SAT_INLINE void micro_product(int64_t depth, const Element* a, int64_t a_row, in
                               int64_t b_step, const float* bias, C* c, int64_t c_row) {
     vec sum[ROWS][2];
     const vec start0 = bias ? load(bias) : vec{}, start1 = bias ? load(bias + W) : vec{};
-#pragma GCC unroll 12
+    SAT_UNROLL(12)
     for (int i = 0; i < ROWS; ++i) {
         sum[i][0] = ADD ? load(c + i * c_row) : start0;
         sum[i][1] = ADD ? load(c + i * c_row + W) : start1;
     }
     for (int64_t k = 0; k < depth; ++k) {
-#pragma GCC unroll 12
+        SAT_UNROLL(12)
         for (int i = 0; i < ROWS; ++i) {
             sum[i][0] = multiply_add(a[i * a_row], b, sum[i][0]);
             sum[i][1] = multiply_add(a[i * a_row], b + W, sum[i][1]);
@@ -78,7 +79,7 @@ SAT_INLINE void micro_product(int64_t depth, const Element* a, int64_t a_row, in
         a += a_step;
         b += b_step;
     }
-#pragma GCC unroll 12
+    SAT_UNROLL(12)
     for (int i = 0; i < ROWS; ++i) {
         store(c + i * c_row, sum[i][0]);
         store(c + i * c_row + W, sum[i][1]);
@@ -241,7 +242,7 @@ SAT_INLINE void drop_row(const SatLayer& a, const Position& at, int64_t width, I
     for (int64_t block = 0; block < width / MASK_BLOCK; ++block) {
         Keep keep[PARTS];
         keep_block(at.key, at.token * (width / MASK_BLOCK) + block, a.threshold, keep);
-#pragma GCC unroll 8
+        SAT_UNROLL(8)
         for (int i = 0; i < PARTS; ++i) {
             const int64_t j = block * MASK_BLOCK + i * W;
             out(j, scale_kept(keep[i], in(j), scale));
@@ -263,26 +264,6 @@ SAT_INLINE void add_into(float* sum, const T* row, int64_t width) {
 }
 
 SAT_INLINE void add_into(float* sum, int64_t at, vec x) { store(sum + at, load(sum + at) + x); }
-
-// A thread's buffers, cut from one allocation.
-class Space {
-  public:
-    explicit Space(size_t bytes) : base_(aligned_alloc(64, (bytes + 1023) / 64 * 64)), next_(static_cast<char*>(base_)) {}
-    ~Space() { free(base_); }
-    Space(const Space&) = delete;
-    Space& operator=(const Space&) = delete;
-    bool failed() const { return !base_; }
-    template <class T>
-    T* take(int64_t count) {
-        T* piece = reinterpret_cast<T*>(next_);
-        next_ += (count * sizeof(T) + 63) / 64 * 64;    // the constructor's 1,023 bytes pay for the rounding
-        return piece;
-    }
-
-  private:
-    void* base_;
-    char* next_;
-};
 
 // Where the pieces of a parameter-gradient record start; the order of SatLayer's parameters.
 struct LayerGradients {
@@ -306,13 +287,12 @@ struct LayerGradients {
 
 // The pieces in order; threads share the parameters, not the pieces.
 static void add_shared_pieces(const float* pieces, int64_t count, int64_t size, int threads, float* out) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t part = 0; part < (size + 511) / 512; ++part) {
+    spread(threads, (size + 511) / 512, [&](int64_t part) {
         const int64_t stop = size < part * 512 + 512 ? size : part * 512 + 512;
         for (int64_t i = part * 512; i < stop; ++i) out[i] = pieces[i];
         for (int64_t piece = 1; piece < count; ++piece)
             for (int64_t i = part * 512; i < stop; ++i) out[i] += pieces[piece * size + i];
-    }
+    });
 }
 
 // ---- the two passes -----------------------------------------------------------------------------
@@ -323,24 +303,23 @@ static int layer_forward(const SatLayer& a, const float* x, const T* attended, f
     typedef typename Packing<T>::Element Element;
     const int64_t E = features<FIXED>(a.features), K = a.attended, F = a.hidden;
     const int64_t e = padded(E), f = padded(F), rows = a.rows;
-    Space weights(E * (K + 2 * F) * sizeof(T));
+    Scratch weights(E * (K + 2 * F) * sizeof(T));
     if (weights.failed()) return SAT_OUT_OF_MEMORY;
-    Element* space = weights.take<Element>(0);
+    Element* space = weights.take<Element>(E * (K + 2 * F) / Packing<T>::NUM);
     const PackedWeight<T> out = pack<T>(a.out_weight, E, K, space), expand = pack<T>(a.expand_weight, F, E, space),
                           contract = pack<T>(a.contract_weight, E, F, space);
-    int status = SAT_OK;
-#pragma omp parallel num_threads(a.threads)
-    {
-        Space buffers(TILE * (e + f) * (sizeof(float) + sizeof(T)));
-        if (buffers.failed()) {
-#pragma omp atomic write
-            status = SAT_OUT_OF_MEMORY;
-        }
-        float *branch = buffers.take<float>(TILE * e), *wide = buffers.take<float>(TILE * f);
-        T *norm = buffers.take<T>(TILE * e), *hidden = buffers.take<T>(TILE * f);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t tile = 0; tile < (rows + TILE - 1) / TILE; ++tile) {
-            if (buffers.failed()) continue;
+    struct Buffers {
+        float *branch, *wide;
+        T *norm, *hidden;
+    };
+    return spread(
+        a.threads, (rows + TILE - 1) / TILE, 1, TILE * (e + f) * (sizeof(float) + sizeof(T)),
+        [&](Scratch& s) {
+            return Buffers{s.take(TILE * e), s.take(TILE * f), s.take<T>(TILE * e), s.take<T>(TILE * f)};
+        },
+        [&](const Buffers& s, int64_t tile) {
+            float *const branch = s.branch, *const wide = s.wide;
+            T *const norm = s.norm, *const hidden = s.hidden;
             const int64_t first = tile * TILE, count = rows - first < TILE ? rows - first : TILE;
 
             for_stretches(a.active, a.block_size, a.length, first, first + count,
@@ -395,9 +374,7 @@ static int layer_forward(const SatLayer& a, const float* x, const T* attended, f
                 row_statistics<FIXED>(to, E, a.eps, s);
                 normalise_row<FIXED>(to, E, s, a.next_weight, a.next_bias, normed + (first + r) * E);
             }
-        }
-    }
-    return status;
+        });
 }
 
 template <int FIXED, class T>
@@ -407,31 +384,29 @@ static int layer_backward(const SatLayer& a, const T* attended, const float* y, 
     typedef typename Packing<T>::Element Element;
     const int64_t E = features<FIXED>(a.features), K = a.attended, F = a.hidden, widest = F > K ? F : K;
     const int64_t e = padded(E), f = padded(F), size = LayerGradients::size(a);
-    Space weights(E * (K + 2 * F) * sizeof(T));
+    Scratch weights(E * (K + 2 * F) * sizeof(T));
     if (weights.failed()) return SAT_OUT_OF_MEMORY;
-    Element* space = weights.take<Element>(0);
+    Element* space = weights.take<Element>(E * (K + 2 * F) / Packing<T>::NUM);
     const PackedWeight<T> out = pack_transposed<T>(a.out_weight, E, K, space),
                           expand = pack_transposed<T>(a.expand_weight, F, E, space),
                           contract = pack_transposed<T>(a.contract_weight, E, F, space);
     const int64_t count_pieces = (a.rows + SAT_LAYER_PIECE - 1) / SAT_LAYER_PIECE;
-    int status = SAT_OK;
-#pragma omp parallel num_threads(a.threads)
-    {
-        Space buffers(TILE * (2 * e + f) * (sizeof(float) + sizeof(T)) + TILE * (f + E + widest) * sizeof(T));
-        if (buffers.failed()) {
-#pragma omp atomic write
-            status = SAT_OUT_OF_MEMORY;
-        }
-        // gradients: of z, then of y; of the norm; of the hidden values
-        float *stream = buffers.take<float>(TILE * e), *dnorm = buffers.take<float>(TILE * e),
-              *dwide = buffers.take<float>(TILE * f);
-        // operands of products: gradient of the branch, the norm, gelu's output and its input's gradient
-        T *branch = buffers.take<T>(TILE * e), *norm = buffers.take<T>(TILE * e), *g = buffers.take<T>(TILE * f),
-          *dg = buffers.take<T>(TILE * f);
-        Pair* pairs = reinterpret_cast<Pair*>(buffers.take<T>(TILE * (E + widest)));
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t piece = 0; piece < count_pieces; ++piece) {
-            if (buffers.failed()) continue;
+    struct Buffers {
+        float *stream, *dnorm, *dwide;    // gradients: of z, then of y; of the norm; of the hidden values
+        T *branch, *norm, *g, *dg;        // operands: gradient of the branch, norm, gelu's output and its input's gradient
+        Pair* pairs;
+    };
+    const int status = spread(
+        a.threads, count_pieces, 1, TILE * (2 * e + f) * (sizeof(float) + sizeof(T)) + TILE * (f + E + widest) * sizeof(T),
+        [&](Scratch& s) {
+            return Buffers{s.take(TILE * e),    s.take(TILE * e),    s.take(TILE * f),
+                           s.take<T>(TILE * e), s.take<T>(TILE * e), s.take<T>(TILE * f),
+                           s.take<T>(TILE * f), s.take<Pair>(TILE * (E + widest) * sizeof(T) / sizeof(Pair))};
+        },
+        [&](const Buffers& s, int64_t piece) {
+            float *const stream = s.stream, *const dnorm = s.dnorm, *const dwide = s.dwide;
+            T *const branch = s.branch, *const norm = s.norm, *const g = s.g, *const dg = s.dg;
+            Pair* const pairs = s.pairs;
             float* sums = pieces + piece * size;
             for (int64_t i = 0; i < size; ++i) sums[i] = 0.0f;
             const LayerGradients d(a, sums);
@@ -474,7 +449,7 @@ static int layer_backward(const SatLayer& a, const T* attended, const float* y, 
                     for (int64_t block = 0; block < F / MASK_BLOCK; ++block) {
                         Keep keep[PARTS];
                         keep_block(at.key, at.token * (F / MASK_BLOCK) + block, a.threshold, keep);
-#pragma GCC unroll 8
+                        SAT_UNROLL(8)
                         for (int i = 0; i < PARTS; ++i) {
                             const int64_t j = block * MASK_BLOCK + i * W;
                             const vec v = load(hidden + j);
@@ -514,8 +489,7 @@ static int layer_backward(const SatLayer& a, const T* attended, const float* y, 
                                   out.template apply_transposed<false>(n, grad, e, dattended + from * K, K);
                               });
             }
-        }
-    }
+        });
     add_shared_pieces(pieces, count_pieces, size, a.threads, dparameters);
     return status;
 }
@@ -528,13 +502,12 @@ template <class T>
 static int project(const SatProjections& a, const T* x, T* const out[3]) {
     typedef typename Packing<T>::Element Element;
     const int64_t E = a.features, K = a.attended;
-    Space space(3 * E * K * sizeof(T));
+    Scratch space(3 * E * K * sizeof(T));
     if (space.failed()) return SAT_OUT_OF_MEMORY;
-    Element* next = space.take<Element>(0);
+    Element* next = space.take<Element>(3 * E * K / Packing<T>::NUM);
     PackedWeight<T> weights[3];
     for (int i = 0; i < 3; ++i) weights[i] = pack<T>(a.weight[i], K, E, next);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
-    for (int64_t piece = 0; piece < (a.rows + SAT_PIECE - 1) / SAT_PIECE; ++piece) {
+    spread(a.threads, (a.rows + SAT_PIECE - 1) / SAT_PIECE, 1, [&](int64_t piece) {
         const int64_t end = a.rows < (piece + 1) * SAT_PIECE ? a.rows : (piece + 1) * SAT_PIECE;
         for_stretches(a.active, a.block_size, a.length, piece * SAT_PIECE, end,
                       [&](int64_t from, int64_t n, uint8_t flag) {
@@ -545,7 +518,7 @@ static int project(const SatProjections& a, const T* x, T* const out[3]) {
                                   fill_zero(out[i] + from * K, n, K);
                           }
                       });
-    }
+    });
     return SAT_OK;
 }
 
@@ -555,25 +528,24 @@ static int project_backward(const SatProjections& a, const T* x, const T* const 
                             float* dparameters) {
     typedef typename Packing<T>::Element Element;
     const int64_t E = a.features, K = a.attended, size = 3 * K * (E + 1), e = padded(E);
-    Space space(3 * E * K * sizeof(T));
+    Scratch space(3 * E * K * sizeof(T));
     if (space.failed()) return SAT_OUT_OF_MEMORY;
-    Element* next = space.take<Element>(0);
+    Element* next = space.take<Element>(3 * E * K / Packing<T>::NUM);
     PackedWeight<T> weights[3];
     for (int i = 0; i < 3; ++i) weights[i] = pack_transposed<T>(a.weight[i], K, E, next);
     const int64_t count_pieces = (a.rows + SAT_LAYER_PIECE - 1) / SAT_LAYER_PIECE;
-    int status = SAT_OK;
-#pragma omp parallel num_threads(a.threads)
-    {
-        Space buffers(TILE * e * sizeof(float) + TILE * (E + K) * sizeof(T));
-        if (buffers.failed()) {
-#pragma omp atomic write
-            status = SAT_OUT_OF_MEMORY;
-        }
-        float* sum = buffers.take<float>(TILE * e);    // dx, before it is rounded
-        Pair* pairs = reinterpret_cast<Pair*>(buffers.take<T>(TILE * (E + K)));
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t piece = 0; piece < count_pieces; ++piece) {
-            if (buffers.failed()) continue;
+    struct Buffers {
+        float* sum;    // dx, before it is rounded
+        Pair* pairs;
+    };
+    const int status = spread(
+        a.threads, count_pieces, 1, TILE * e * sizeof(float) + TILE * (E + K) * sizeof(T),
+        [&](Scratch& s) {
+            return Buffers{s.take(TILE * e), s.take<Pair>(TILE * (E + K) * sizeof(T) / sizeof(Pair))};
+        },
+        [&](const Buffers& s, int64_t piece) {
+            float* const sum = s.sum;
+            Pair* const pairs = s.pairs;
             float* sums = pieces + piece * size;
             for (int64_t i = 0; i < size; ++i) sums[i] = 0.0f;
             const int64_t begin = piece * SAT_LAYER_PIECE;
@@ -601,8 +573,7 @@ static int project_backward(const SatProjections& a, const T* x, const T* const 
                     for (int i = 0; i < 3; ++i) fetch(dout[i] + (from + r + n) * K, K);
                 }
             });
-        }
-    }
+        });
     add_shared_pieces(pieces, count_pieces, size, a.threads, dparameters);
     return status;
 }

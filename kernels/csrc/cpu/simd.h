@@ -1,4 +1,4 @@
-// Vectors of SAT_WIDTH floats, on GCC's vector extensions: the same source is 8 wide on AVX2, 16 wide on AVX-512,
+// Vectors of SAT_WIDTH floats, on the vector extensions of GCC and clang: the same source is 8 wide on AVX2, 16 wide on AVX-512,
 // and any width on any CPU (the compiler splits what the hardware does not have).
 //
 // A translation unit x_<isa>.cpp defines SAT_ISA_NAMESPACE and SAT_WIDTH, then includes its kernel header. Everything
@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "compiler.h"
+
 #if defined(__SSE2__)
 #if SAT_WIDTH == 16 && defined(__GNUC__) && !defined(__clang__)
 // GCC's own header leaves the pass-through operand of unmasked intrinsics undefined on purpose (its bug 105593).
@@ -21,8 +23,6 @@
 #endif
 #include <immintrin.h>
 #endif
-
-#define SAT_INLINE inline __attribute__((always_inline))
 
 namespace SAT_ISA_NAMESPACE {
 
@@ -180,13 +180,18 @@ typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
 // One step of a transposition: swaps the off-diagonal S x S blocks of each 2S x 2S block.
 template <int S, int... LANE>
 SAT_INLINE void swap_blocks(vec (&x)[W], Lanes<LANE...>) {
-#pragma GCC unroll 16
+    SAT_UNROLL(16)
     for (int r = 0; r < W; ++r)
         if (!(r & S)) {
             vec a = x[r], b = x[r + S];
-            x[r] = __builtin_shufflevector(a, b, (LANE & S ? W + LANE - S : LANE)...);
-            x[r + S] = __builtin_shufflevector(a, b, (LANE & S ? W + LANE : LANE + S)...);
+            x[r] = SAT_SHUFFLE(a, b, ivec, (LANE & S ? W + LANE - S : LANE)...);
+            x[r + S] = SAT_SHUFFLE(a, b, ivec, (LANE & S ? W + LANE : LANE + S)...);
         }
+}
+
+template <int S, int... LANE>
+SAT_INLINE vec exchange(vec x, Lanes<LANE...>) {
+    return SAT_SHUFFLE(x, x, ivec, (LANE ^ S)...);
 }
 
 // Transposes the W x W matrix whose rows are x[0 .. W).
@@ -199,6 +204,15 @@ SAT_INLINE void transpose(vec (&x)[W]) {
 #endif
     swap_blocks<2>(x, AllLanes());
     swap_blocks<1>(x, AllLanes());
+}
+
+// Every lane: the sum of all.
+template <int HALF = W / 2>
+SAT_INLINE vec total(vec x) {
+    if constexpr (HALF == 0)
+        return x;
+    else
+        return total<HALF / 2>(x + exchange<HALF>(x, AllLanes()));
 }
 
 SAT_INLINE float sum(vec x) {

@@ -342,9 +342,9 @@ def parser_of(task: Task) -> argparse.ArgumentParser:
 # ---- the source -------------------------------------------------------------------------------
 
 
-def choose_source(task: Task, options: argparse.Namespace):
+def choose_source(task: Task, options: argparse.Namespace, needed: int = 0):
     """(source, path): what the options name, else what is there, else what is fetched; None if
-    the task generates its examples.
+    the task generates its examples. needed: bytes of the pickles, to be free beside a download.
 
     Raises: UserError saying what was expected or how to get it.
     """
@@ -388,6 +388,9 @@ def choose_source(task: Task, options: argparse.Namespace):
         )
     from preprocess import download  # its libraries take a while to import
 
+    if options.mirror is None:
+        needed += download.ARCHIVES[task.fetch].size
+    writer.check_free_space(options.output_dir, needed)
     try:
         path = download.fetch(task.fetch, DATA, mirror=options.mirror, sha256=options.sha256)
     except ValueError as error:
@@ -441,13 +444,14 @@ def run(task: Task, options: argparse.Namespace) -> None:
         _check_replaceable(options, stem, trial)
     example = 4 * options.padded_length * task.num_inputs + 150
     count = sum(task.counts.values()) if options.limit is None else 3 * options.limit
-    writer.check_free_space(options.output_dir, len(stems) * count * example)
+    needed = len(stems) * count * example  # bytes
     if "dev" not in job.router.splits:
         print(
             "dev and test will be the same examples, as in the reference: the best result on dev "
             "is the best on test (--dev_from_train 0.1 makes an honest development set)"
         )
-    found = choose_source(task, options)
+    found = choose_source(task, options, needed)
+    writer.check_free_space(options.output_dir, needed)
     digest = _Digest(found[1]) if found and options.limit is None else None
     if digest:
         digest.start()

@@ -97,7 +97,7 @@ def read_release(job, source: Path) -> Iterator[sources.Example]:
             raise UserError(
                 f"{source} does not have {', '.join(absent)} with imgs and metadata; expected "
                 "pathfinder32 of the LRA release, a folder above it, or the release's archive "
-                "(--level reads some levels only)"
+                "(--level reads one of them, --allow_partial those that are there)"
             )
     level = job.stem.removeprefix(NAME)
     release = job.state[level]

@@ -188,7 +188,7 @@ class Ours:
             observation = Observation(run.model.pattern_scores())
             masks = select_blocks(pattern, observation, run.config.model.density)
             run.model.enter_sparse_phase(masks)
-            run.phase = "sparse"
+            run.phase_index = 1
             run.optimizer = run.new_optimizer()
 
     def step(self) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kernels
 from kernels import AttentionStatistics, BlockLayout
+from kernels.statistics import real_row_weights
 from models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """What a dense forward reports about its attention.
+    """What a forward reports about its attention: statistics if it is dense, with `probe` an
+    AttentionProbe if it is sparse.
 
     groups: equal parts of the examples whose means are kept apart.
     full: also the [groups, N, N] mean attention, not only what the pattern loss needs.
@@ -27,10 +30,28 @@ class StatisticsRequest:
     full: bool = True
     mean_out: list[Tensor] | None = None
     mean_weight: float = 1.0
+    probe: bool = False
 
     def pooled_only(self) -> StatisticsRequest:
         """The same request without the [groups, N, N] means."""
-        return StatisticsRequest(groups=1, full=False)
+        return StatisticsRequest(groups=1, full=False, probe=self.probe)
+
+
+@dataclass(frozen=True)
+class AttentionProbe:
+    """What one layer's sparse attention leaves out: dense attention of the same query, key and
+    value, over real query rows, examples weighing the same. No gradient.
+
+    pooled_real: [nb, nb] fp32, of the dense probabilities, as in AttentionStatistics.
+    used_mass: float64 scalar, share of the softmax's weight that real values get; the rest are
+        pruned scores, which count as logit 0.
+    squared_error, squared_norm: float64 scalars, of sparse minus dense output and of the dense.
+    """
+
+    pooled_real: Tensor
+    used_mass: Tensor
+    squared_error: Tensor
+    squared_norm: Tensor
 
 
 class Attention(nn.Module):
@@ -60,18 +81,20 @@ class Attention(nn.Module):
         key_padding_mask: Tensor | None,
         request: StatisticsRequest | None,
         mean_out: Tensor | None,
-    ) -> tuple[Tensor, AttentionStatistics | None]:
+    ) -> tuple[Tensor, AttentionStatistics | AttentionProbe | None]:
         """x [B, N, transformer_dim] -> [B, N, num_head * head_dim] before the output projection,
-        and the statistics if dense and asked for."""
+        and what was asked for."""
         batch, length, _ = x.shape
+        probed = self.layout is not None and request is not None and request.probe
         query, key, value = kernels.attention_projections(
             x,
             *((map_.weight, map_.bias) for map_ in (self.W_q, self.W_k, self.W_v)),
             heads=self.num_head,
-            layout=self.layout,
+            # a probe compares with dense attention, which reads what sparse attention leaves out
+            layout=None if probed else self.layout,
             backend=self.backend,
         )
-        statistics = None
+        statistics: AttentionStatistics | AttentionProbe | None = None
         if self.layout is not None:
             out = kernels.block_sparse_attention(
                 query,
@@ -81,6 +104,8 @@ class Attention(nn.Module):
                 key_padding_mask=key_padding_mask,
                 backend=self.backend,
             )
+            if probed:
+                statistics = self._probe(query, key, value, out, key_padding_mask)
         else:
             out = kernels.dense_attention(
                 query, key, value, key_padding_mask=key_padding_mask, backend=self.backend
@@ -100,3 +125,28 @@ class Attention(nn.Module):
         # the heads side by side; the output projection `ff` belongs to what follows
         out = out.transpose(1, 2).reshape(batch, length, self.num_head * self.head_dim)
         return out, statistics
+
+    @torch.no_grad()
+    def _probe(
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, mask: Tensor | None
+    ) -> AttentionProbe:
+        assert self.layout is not None
+        given: dict[str, Any] = {"key_padding_mask": mask, "backend": self.backend}
+        dense = kernels.dense_attention(query, key, value, **given)
+        pooled = kernels.attention_statistics(
+            query, key, block_size=self.block_size, full=False, **given
+        ).pooled_real
+        # attention to ones gives the sum of a row's probabilities: what real values get
+        ones = torch.ones_like(value)
+        used = kernels.block_sparse_attention(query, key, ones, self.layout, **given)[..., 0]
+        rows = used.new_ones(used.shape[0], used.shape[2], dtype=torch.float64)
+        if mask is not None:
+            rows = real_row_weights(mask).double()
+        real = (rows > 0)[:, None, :, None]
+        error = (out.double() - dense.double()) * real
+        return AttentionProbe(
+            pooled_real=pooled,
+            used_mass=(used.double().mean(1) * rows).mean(),
+            squared_error=error.square().sum(),
+            squared_norm=(dense.double() * real).square().sum(),
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import AttentionStatistics, BlockLayout, DropoutKey
+from kernels import BlockLayout, DropoutKey
 from models.attention import StatisticsRequest
 from models.config import ModelConfig, checked_fields
 from models.encoder import SITES_PER_LAYER, Encoder
@@ -20,15 +20,16 @@ DENSE_STATISTICS = StatisticsRequest()
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """logits [B, num_classes] fp32; statistics of each layer's attention (dense phase only, else
-    None); with two inputs `statistics` is that of document 0 and `statistics_1` holds the pooled
-    statistics of document 1. real_keys: bool [B, N] of each document, which keys attention looks
+    """logits [B, num_classes] fp32; statistics of each layer's attention (in the dense phase; in
+    the sparse one an AttentionProbe of each layer if asked for, else None); with two inputs
+    `statistics` is that of document 0 and `statistics_1` holds the pooled statistics of document
+    1. real_keys: bool [B, N] of each document, which keys attention looks
     at; empty where it looks at all.
     """
 
     logits: Tensor
-    statistics: list[AttentionStatistics] | None = None
-    statistics_1: list[AttentionStatistics] | None = None
+    statistics: list[Any] | None = None
+    statistics_1: list[Any] | None = None
     real_keys: tuple[Tensor, ...] = ()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels import AttentionStatistics, DropoutKey
+from kernels import DropoutKey
 from models.attention import Attention, StatisticsRequest
 from models.config import ModelConfig
 from models.embeddings import Embeddings
@@ -75,9 +75,9 @@ class Encoder(nn.Module):
         dropout_key: DropoutKey | None,
         request: StatisticsRequest | None,
         first_site: int,
-    ) -> tuple[Tensor, list[AttentionStatistics] | None, Tensor | None]:
-        """ids int64 [B, N] -> [B, transformer_dim], statistics of each layer if dense and asked
-        for, and which keys are real, bool [B, N], if not all count as such."""
+    ) -> tuple[Tensor, list[Any] | None, Tensor | None]:
+        """ids int64 [B, N] -> [B, transformer_dim], what was asked for of each layer's
+        attention, and which keys are real, bool [B, N], if not all count as such."""
         config = self.config
         if config.pooling_mode == "CLS":
             start = ids.new_full((ids.shape[0], 1), config.vocab_size - 1)

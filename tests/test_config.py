@@ -135,6 +135,12 @@ def test_unused_fields_are_those_of_the_dict():
         (["sparsity.agreement=1.1"], "--agreement must lie in .0, 1., not 1.1"),
         (["sparsity.pattern=given"], "--pattern given and --masks FILE go together"),
         (["sparsity.masks=x.pickle"], "--pattern given and --masks FILE go together"),
+        (["sparsity.reselect_every=5"], "--pattern learned does not look; use one that does"),
+        (["sparsity.reselect_every=0", "sparsity.pattern=mass"], "--reselect_every must be at le"),
+        (["sparsity.densities=0.1,0.3", "sparsity.phase_steps=5"], "must be falling numbers"),
+        (["sparsity.densities=0.3,0.1", "sparsity.phase_steps=5"], "must be model.density .0.05"),
+        (["sparsity.densities=0.3,0.05"], "--phase_steps N go together"),
+        (["sparsity.phase_steps=3"], "--phase_steps N go together"),
         (["sparsity.pattern=3"], "sparsity.pattern must be of type str"),
     ],
 )

@@ -25,6 +25,14 @@ def events(folder, kind, name="sat"):
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
+def assert_same_end(folder, *names):
+    """Two runs end with the same bits."""
+    one, other = (load_checkpoint(tiny.checkpoints(folder) / f"{n}.last.model") for n in names)
+    weights = other.model_state_dict
+    assert all(torch.equal(value, weights[name]) for name, value in one.model_state_dict.items())
+    assert torch.equal(one.block_masks, other.block_masks)
+
+
 def refused(code, capsys, *words):
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
@@ -125,9 +133,7 @@ def test_a_fork_goes_on_bit_for_bit(fresh):
             for volatile in ("seconds", "peak_memory_bytes"):
                 one.pop(volatile, None), other.pop(volatile, None)
             assert one == other
-    states = [load_checkpoint(tiny.checkpoints(fresh) / f"{n}.model") for n in ("whole", "forked")]
-    weights = [state.model_state_dict for state in states]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert_same_end(fresh, "whole", "forked")
     start = events(fresh, "start", "forked")[0]
     assert start["forked_from"] == str(origin) and start["forked_at"] == 12
 
@@ -170,6 +176,90 @@ def test_what_a_fork_cannot_change(fresh, capsys):
     absent = tiny.arguments(fresh, "--fork", str(fresh / "absent.model"), "--name", "new")
     refused(main_learnable_skewness.main(absent), capsys, "there is no checkpoint")
     assert sorted(fresh.rglob("*")) == before
+
+
+# ---- while sparse ------------------------------------------------------------------
+
+
+def test_probes_change_no_bit(fresh):
+    """At the switch, at evaluations and every N steps; the run stays what it is without them."""
+    given = ["--max_dense_steps", "5", "--pattern", "mass"]
+    assert tiny.train(fresh, "--name", "without", *given) == 0
+    assert tiny.train(fresh, "--name", "with", *given, "--probe_every", "7") == 0
+    assert [e["step"] for e in events(fresh, "probe", "without")] == [5, 10, 20, 30]
+    probes = events(fresh, "probe", "with")
+    assert [e["step"] for e in probes] == [5, 10, 12, 19, 20, 26, 30]
+    for one, other in zip(*(events(fresh, "train", n) for n in ("without", "with")), strict=True):
+        assert one["loss"] == other["loss"]
+    for event in probes:
+        for layer in range(LAYERS):
+            assert 0 < event["used_mass"][layer] < 1 and event["output_error"][layer] > 0
+            assert event["kept_mass"][layer] <= event["best_mass"][layer] + 1e-9
+    # a run may be resumed with other probes
+    assert tiny.train(fresh, "--name", "with", *given, "--probe_every", "3", "--resume") == 0
+
+
+def test_blocks_are_chosen_anew(fresh, capsys):
+    given = ["--max_dense_steps", "6", "--pattern", "mass", "--reselect_every", "5"]
+    given += ["--set=training.learning_rate=0.05"]
+    assert tiny.train(fresh, "--name", "whole", *given) == 0
+    output = capsys.readouterr().out
+    assert (
+        "phases: dense until settled, at most 6 steps; then sparse (mass, density 0.3, chosen"
+        in output
+    )
+    assert "blocks chosen anew after step 11: layer 0 exchanges" in output
+    chosen = events(fresh, "reselection", "whole")
+    assert [event["step"] for event in chosen] == [11, 16, 21, 26]
+    for event in chosen:
+        for layer in range(LAYERS):
+            assert event["kept_mass"][layer] == pytest.approx(event["best_mass"][layer])
+            assert event["kept_mass"][layer] >= event["kept_mass_before"][layer]
+            assert (event["exchanged"][layer] > 0) == (
+                event["kept_mass"][layer] > event["kept_mass_before"][layer]
+            )
+    assert sum(sum(event["exchanged"]) for event in chosen) > 0
+    # in micro-batches, and cut between two choices and at one, it is the same run
+    for stop in ("13", "16"):
+        assert tiny.train(fresh, "--name", stop, *given, "--stop_after", stop) == 0
+        assert tiny.train(fresh, "--name", stop, *given, "--resume") == 0
+        states = [
+            load_checkpoint(tiny.checkpoints(fresh) / f"{n}.last.model") for n in ("whole", stop)
+        ]
+        one, other = (state.model_state_dict for state in states)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert torch.equal(states[0].block_masks, states[1].block_masks)
+    assert tiny.train(fresh, "--name", "micro", *given, "--micro_batch_size", "2") == 0
+    for one, other in zip(chosen, events(fresh, "reselection", "micro"), strict=True):
+        assert one["kept_mass"] == pytest.approx(other["kept_mass"], rel=1e-3)
+
+
+def test_densities_fall_by_phases(fresh, capsys):
+    given = ["--max_dense_steps", "4", "--pattern", "mass", "--phase_steps", "6"]
+    given += ["--densities", "0.9,0.6,0.3"]
+    assert tiny.train(fresh, "--name", "whole", *given) == 0
+    output = capsys.readouterr().out
+    assert "transition to density 0.6 after step 10 (--phase_steps)" in output
+    transitions = events(fresh, "transition", "whole")
+    assert [(e["step"], e["active_blocks"][0]) for e in transitions] == [(4, 14), (10, 9), (16, 4)]
+    assert [e["kept_mass"] for e in transitions[1:]] == [
+        pytest.approx(e["best_mass"]) for e in transitions[1:]
+    ]
+    for stop in ("7", "10", "20"):
+        assert tiny.train(fresh, "--name", stop, *given, "--stop_after", stop) == 0
+        assert tiny.train(fresh, "--name", stop, *given, "--resume") == 0
+        states = [
+            load_checkpoint(tiny.checkpoints(fresh) / f"{n}.last.model") for n in ("whole", stop)
+        ]
+        one, other = (state.model_state_dict for state in states)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    capsys.readouterr()
+    for more, words in (
+        (["--reselect_every", "9"], "sparsity.reselect_every=9"),
+        (["--phase_steps", "7"], "sparsity.phase_steps=7"),
+        (["--densities", "0.5,0.4,0.3"], "sparsity.densities"),
+    ):
+        refused(tiny.train(fresh, "--name", "whole", *given, "--resume", *more), capsys, words)
 
 
 # ---- registries --------------------------------------------------------------------

@@ -390,3 +390,61 @@ def test_the_published_slip_name_is_found(shared_data, tmp_path):
     (folder / source.name).write_bytes(source.read_bytes())
     path, slip = find_masks(tmp_path, "lra-image", "learnable", 1001)
     assert slip and path.name == source.name
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_probe_says_what_sparse_attention_leaves_out(padded):
+    """Against float64 over the whole matrix, with the query, key and value of the sparse pass."""
+    config = ModelConfig(
+        num_layers=2,
+        vocab_size=9,
+        max_seq_len=64,
+        num_classes=3,
+        block_size=16,
+        density=0.4,
+        transformer_dim=32,
+        embedding_dim=32,
+        key_padding=padded,
+    )
+    torch.manual_seed(0)
+    model = build_model(config)
+    masks = select_blocks("random", Observation(model.pattern_scores()), 0.4)
+    model.enter_sparse_phase(masks)
+    ids = torch.randint(1, 9, (3, 64))
+    ids[1, 20:] = ids[2, 50:] = 0
+    seen = []
+    for layer in model.model.layers:
+        for linear in (layer.mha.W_q, layer.mha.W_k):
+            linear.weight.data *= 8  # peaked enough that softmax matters
+        layer.mha.register_forward_pre_hook(lambda module, given: seen.append((module, given[0])))
+    with torch.no_grad():
+        plain = model(ids, statistics=None)
+        output = model(ids, statistics=StatisticsRequest(probe=True))
+    assert torch.equal(plain.logits, output.logits) and plain.statistics is None
+    assert model(ids).statistics is None  # a sparse forward reports nothing unasked
+    real = ids != 0 if padded else torch.ones_like(ids, dtype=torch.bool)
+    share = real.double() / real.sum(1, keepdim=True)
+    for (module, x), mask, probe in zip(seen[2:4], masks, output.statistics, strict=True):
+        query, key, value = (
+            (x.double() @ map_.weight.double().T + map_.bias.double())
+            .view(3, 64, 2, 32)
+            .transpose(1, 2)
+            for map_ in (module.W_q, module.W_k, module.W_v)
+        )
+        scores = query @ key.mT / 32**0.5
+        kept = mask.repeat_interleave(16, 0).repeat_interleave(16, 1)
+        weights = scores.exp() * (kept & real[:, None, None, :])
+        total = weights.sum(-1) + 64 - kept.sum(-1)
+        dense = (scores.exp() * real[:, None, None, :]).double()
+        dense /= dense.sum(-1, keepdim=True)
+        sparse_out, dense_out = (weights / total[..., None]) @ value, dense @ value
+        rows = share[:, None, :, None]
+        used = (weights.sum(-1) / total * share[:, None]).sum(-1).mean()
+        assert 0.05 < used < 0.95
+        assert probe.used_mass.item() == pytest.approx(used.item(), rel=1e-4)
+        error = ((sparse_out - dense_out) * (rows > 0)).square().sum()
+        assert probe.squared_error.item() == pytest.approx(error.item(), rel=1e-3)
+        norm = (dense_out * (rows > 0)).square().sum()
+        assert probe.squared_norm.item() == pytest.approx(norm.item(), rel=1e-3)
+        pooled = (dense * rows * 64).view(3, 2, 4, 16, 4, 16).mean((0, 1, 3, 5))
+        torch.testing.assert_close(probe.pooled_real.double(), pooled, rtol=1e-4, atol=1e-7)

@@ -8,6 +8,7 @@ prints keep its numbers, from 0.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from sparsity import Verdict
 from sparsity.observe import Observation
 from training.data.order import evaluation_subset
 from training.evaluation import evaluate
+from training.probe import dense_pooled, probe
 from training.recording import provenance, words
 from training.recording.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from training.recording.files import CheckpointError
@@ -46,9 +48,9 @@ def train(run: Run) -> str:
     if run.step == 0:
         save_first(run)
     last_save = time.monotonic()
-    limit = run.config.sparsity.max_dense_steps
-    if run.phase == "dense" and limit is not None and run.step >= limit:
-        switch_to_sparse(run, f"--max_dense_steps {limit}")
+    # sparse from the start, or a fork of a dense prefix that is long enough
+    if run.phase == "dense" and _is_over(run):
+        enter_next_phase(run, f"--max_dense_steps {run.phases[0].max_steps}")
     while run.step < config.num_train_steps and not _out_of_patience(run):
         started = time.perf_counter()
         result = train_step(run)
@@ -61,11 +63,18 @@ def train(run: Run) -> str:
         evaluated = run.step % config.eval_frequency == 0 or last
         if evaluated:
             evaluate_and_keep_best(run, final=last)
-        over = limit is not None and run.step >= limit
+        ready = verdict is not None and verdict.ready
         # after the last step nothing would be trained with the blocks
-        switched = verdict is not None and not last and (verdict.ready or over)
-        if verdict is not None and switched:
-            switch_to_sparse(run, verdict.reason if verdict.ready else "--max_dense_steps")
+        switched = (ready or _is_over(run)) and not last
+        if switched:
+            limit = "--max_dense_steps" if run.phase == "dense" else "--phase_steps"
+            enter_next_phase(run, verdict.reason if verdict and ready else limit)
+        elif run.phase == "sparse":
+            reselected = _is_due(run, run.phases[run.phase_index].reselect_every) and not last
+            if reselected:
+                reselect(run)
+            if evaluated or reselected or _is_due(run, run.config.sparsity.probe_every):
+                words.probed(run, probe(run))
 
         finished = last or _out_of_patience(run)
         cut = run.step == options.stop_after and not finished
@@ -97,11 +106,17 @@ def decide(run: Run, result: StepResult) -> Verdict:
     return verdict
 
 
+def _observation_while_sparse(run: Run) -> Observation:
+    pooled, uniform = dense_pooled(run)
+    return replace(_observation(run, None), pooled=pooled, uniform=uniform, smoothed=None)
+
+
 def _observation(run: Run, result: StepResult | None) -> Observation:
+    pooled, uniform = (result and result.seen) or (None, run.observer.uniform)
     return Observation(
         pattern_scores=run.model.pattern_scores(),
-        pooled=None if result is None else result.pooled,
-        uniform=run.observer.uniform if result is None else result.uniform,
+        pooled=pooled,
+        uniform=uniform,
         mean_attention=run.mean_attention,
         smoothed=run.observer.smoothed if result is None else None,
         initial_scores=run.initial_scores,
@@ -110,24 +125,49 @@ def _observation(run: Run, result: StepResult | None) -> Observation:
     )
 
 
-def switch_to_sparse(run: Run, reason: str) -> None:
-    """Everything that changes at the transition, in order."""
-    # a run that has not trained yet has seen nothing; a fork remembers what its origin saw
-    observation = run.observation or _observation(run, None)
+def enter_next_phase(run: Run, reason: str) -> None:
+    """Everything that changes at the transition to sparse attention, in order; and where a phase
+    of lower density follows."""
+    if run.phase == "dense":
+        # a run that has not trained yet has seen nothing; a fork remembers what its origin saw
+        observation = run.observation or _observation(run, None)
+        run.transition_step = run.step
+    else:
+        observation = _observation_while_sparse(run)
+    run.phase_index += 1
+    run.phase_began = run.step
+    masks = _keep(run, observation)
+    run.optimizer = run.new_optimizer()
+    # a denser model is no competitor of the sparse one that this run is about
+    run.best_accuracy = run.best_step = None
+    run.evaluations_since_best = 0
+    words.transition_done(run, reason, observation, masks)
+    if run.step:
+        words.probed(run, probe(run), said=True)
+    run.mean_attention = run.observation = None
+    run.criterion.release()
+
+
+def _keep(run: Run, observation: Observation) -> torch.Tensor:
+    """Chooses blocks, the first process for all, and attends to them from now on."""
     masks = run.choose(observation)
     masks = run.world.broadcast_(masks.to(run.device, torch.uint8)).bool().cpu()
     run.model.enter_sparse_phase(masks)  # builds the layouts, freezes the patterns
-    run.phase = "sparse"
-    run.transition_step = run.step
-    run.optimizer = run.new_optimizer()
-    # a dense model is no competitor of the sparse one that this run is about
-    run.best_accuracy = run.best_step = None
-    run.evaluations_since_best = 0
     if run.world.is_main and run.paths is not None:
         save_masks(run.paths.masks, masks)
-    words.transition_done(run, reason, observation, masks)
-    run.mean_attention = run.observation = None
-    run.criterion.release()
+    return masks
+
+
+def reselect(run: Run) -> None:
+    """Chooses the blocks anew, from dense attention of the step's whole batch. The optimizer, the
+    best model and patience stay: the phase goes on."""
+    started = time.perf_counter()
+    before = run.model.block_masks
+    assert before is not None
+    observation = _observation_while_sparse(run)
+    masks = _keep(run, observation)
+    run.seconds += time.perf_counter() - started
+    words.reselection_done(run, observation, before, masks)
 
 
 def evaluate_and_keep_best(run: Run, final: bool) -> None:
@@ -189,6 +229,8 @@ def save_last(run: Run) -> None:
         "criterion": run.criterion.state_dict() if run.phase == "dense" else None,
         "observer": run.observer.state_dict() if run.phase == "dense" else None,
         "transition_step": run.transition_step,
+        "phase_index": run.phase_index,
+        "phase_began": run.phase_began,
         "best_step": run.best_step,
         "evaluations_since_best": run.evaluations_since_best,
         "seconds": run.seconds,
@@ -230,7 +272,7 @@ def restore(run: Run, state: TrainState, fork: bool = False) -> None:
     if state.phase == "sparse":
         assert state.block_masks is not None
         run.model.enter_sparse_phase(state.block_masks)
-        run.phase = "sparse"
+        run.phase_index, run.phase_began = training["phase_index"], training["phase_began"]
         run.optimizer = run.new_optimizer()
     run.model.load_state_dict(state.model_state_dict)
     run.optimizer.load_state_dict(training["optimizer"])
@@ -256,6 +298,17 @@ def restore(run: Run, state: TrainState, fork: bool = False) -> None:
 
 
 # ---- small parts -------------------------------------------------------------------
+
+
+def _is_due(run: Run, every: int | None) -> bool:
+    """Whether `every` steps of this phase have passed, once more."""
+    return every is not None and (run.step - run.phase_began) % every == 0
+
+
+def _is_over(run: Run) -> bool:
+    """Whether the phase has had its steps, and another one follows."""
+    limit = run.phases[run.phase_index].max_steps
+    return limit is not None and run.step - run.phase_began >= limit
 
 
 def _out_of_patience(run: Run) -> bool:

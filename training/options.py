@@ -33,6 +33,11 @@ def interrupted_early() -> int:
     return 130
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """0.3,0.1 as a tuple."""
+    return tuple(float(part) for part in text.split(","))
+
+
 def build_parser(prog: str, description: str, *, modes: list[str], default_mode: str | None):
     """A parser with what both entry scripts take: which run, on what, from and to where."""
     parser = argparse.ArgumentParser(
@@ -208,6 +213,39 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="which blocks are kept; "
         + "; ".join(f"{name}: {entry.description}" for name, entry in PATTERNS.items())
         + " (default: learned)",
+    )
+    transition.add_argument(
+        "--densities",
+        type=numbers,
+        metavar="D1,D2,...",
+        help=(
+            "falling densities of several sparse phases, the last one that of the model; each "
+            "chooses its blocks from dense statistics as it begins"
+        ),
+    )
+    transition.add_argument(
+        "--phase_steps",
+        type=positive,
+        metavar="N",
+        help="steps of each sparse phase but the last, with --densities",
+    )
+    transition.add_argument(
+        "--reselect_every",
+        type=positive,
+        metavar="N",
+        help=(
+            "choose the blocks anew every N sparse steps, from dense statistics of that step's "
+            "whole batch; for patterns that look at the attention"
+        ),
+    )
+    transition.add_argument(
+        "--probe_every",
+        type=positive,
+        metavar="N",
+        help=(
+            "every N sparse steps, and at every evaluation, see on one micro-batch what sparse "
+            "attention leaves out"
+        ),
     )
     transition.add_argument(
         "--masks", metavar="FILE", help="block masks for --pattern given, as a run writes them"

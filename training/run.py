@@ -12,6 +12,7 @@ from models import SequenceClassifier
 from sparsity import Criterion, select_blocks
 from sparsity.observe import Observation, Observer
 from sparsity.patterns import PATTERNS
+from sparsity.phases import Phase
 from training.data.examples import Dataset
 from training.distributed import World
 from training.interrupt import StopSignal
@@ -59,7 +60,9 @@ class Run:
     initial_scores: Tensor = field(init=False)  # [L, nb, nb], before the first step
     optimizer: PhaseOptimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
-    phase: str = "dense"
+    phases: list[Phase] = field(init=False)
+    phase_index: int = 0
+    phase_began: int = 0  # completed steps when the phase began
     step: int = 0
     transition_step: int | None = None
     best_accuracy: float | None = None
@@ -70,6 +73,7 @@ class Run:
     mean_attention: Tensor | None = None  # [L, groups, N, N] fp32, dense phase only
 
     def __post_init__(self) -> None:
+        self.phases = self.config.phases()
         self.criterion = self.config.new_criterion()
         self.observer = Observer(
             self.choose, PATTERNS[self.config.sparsity.pattern].needs is not None
@@ -82,9 +86,16 @@ class Run:
         )
 
     def choose(self, observation: Observation) -> Tensor:
-        """The blocks that the run's pattern would keep now, bool [L, nb, nb]."""
-        sparsity, density = self.config.sparsity, self.config.model.density
-        return select_blocks(sparsity.pattern, observation, density, self.options.seed)
+        """The blocks that the next sparse phase, or this one, would keep now: bool
+        [L, nb, nb]."""
+        phase = self.phases[max(self.phase_index, 1)]
+        assert phase.pattern is not None and phase.density is not None
+        return select_blocks(phase.pattern, observation, phase.density, self.options.seed)
+
+    @property
+    def phase(self) -> str:
+        """ "dense" or "sparse"."""
+        return self.phases[self.phase_index].name
 
     def new_optimizer(self) -> PhaseOptimizer:
         return PhaseOptimizer(self.model.parameters(), self.config.training, self.phase)
@@ -111,6 +122,5 @@ class StepResult:
     loss_scale: float | None  # of the GradScaler; None but in fp16
     skipped: bool  # the gradient overflowed fp16, so that no weight moved
     stop_signal: int  # of any process; 0: none
-    # dense phase only, see sparsity.observe.Observation; float64 on the CPU
-    pooled: Tensor | None = None
-    uniform: Tensor | None = None
+    # `pooled` and `uniform` of sparsity.observe.Observation, in the dense phase
+    seen: tuple[Tensor, Tensor | None] | None = None

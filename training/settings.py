@@ -10,10 +10,12 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from models.config import ModelConfig, checked_fields
 from sparsity import CRITERIA, PATTERNS, Criterion
+from sparsity.phases import Phase, plan
 from training.errors import UserError
 
 
@@ -88,6 +90,10 @@ class SparsityConfig:
     max_dense_steps: int | None = None  # the transition comes at this step at the latest
     lift: float = 2.0  # times the start's concentration, for concentrated
     agreement: float = 0.9  # intersection over union, for agreeing
+    densities: tuple | None = None  # falling, of as many sparse phases; the last is model.density
+    phase_steps: int | None = None  # of each sparse phase but the last
+    reselect_every: int | None = None  # sparse steps between two choices of blocks
+    probe_every: int | None = None  # sparse steps between two probes, beside those of evaluations
 
     def __post_init__(self) -> None:
         for option, name, known in (
@@ -97,6 +103,7 @@ class SparsityConfig:
             if name not in known:
                 raise UserError(f"--{option} must be one of {', '.join(known)}, not {name!r}")
         pattern, criterion = PATTERNS[self.pattern], CRITERIA[self.transition_when]
+        looking = [name for name, other in PATTERNS.items() if other.needs == "attention"]
         if self.max_dense_steps is not None and self.max_dense_steps < 0:
             raise UserError(f"--max_dense_steps must be at least 0, not {self.max_dense_steps}")
         if self.max_dense_steps == 0 and pattern.needs is not None:
@@ -111,11 +118,32 @@ class SparsityConfig:
                 f"of dense steps"
             )
         if criterion.needs_moving_choice and pattern.needs != "attention":
-            others = ", ".join(name for name, p in PATTERNS.items() if p.needs == "attention")
             raise UserError(
                 f"--transition_when {self.transition_when} waits for the choice of blocks to "
                 f"settle, which that of --pattern {self.pattern} has from the start: it does not "
-                f"look at the attention; use one that does ({others})"
+                f"look at the attention; use one that does ({', '.join(looking)})"
+            )
+        densities = self.densities
+        if densities is not None:
+            if any(type(value) is not float for value in densities) or not all(
+                1 >= one > other > 0 for one, other in pairwise(densities)
+            ):
+                raise UserError(
+                    f"--densities must be falling numbers in (0, 1], such as 0.3,0.1,0.05, not "
+                    f"{','.join(map(str, densities))}"
+                )
+            if pattern.own_count:
+                raise UserError(f"--densities changes nothing for --pattern {self.pattern}")
+        if (densities is not None and len(densities) > 1) != (self.phase_steps is not None):
+            raise UserError("--densities D1,D2,... and --phase_steps N go together")
+        for name in ("reselect_every", "probe_every", "phase_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}")
+        if self.reselect_every is not None and pattern.needs != "attention":
+            raise UserError(
+                f"--reselect_every chooses blocks anew from the attention, at which --pattern "
+                f"{self.pattern} does not look; use one that does ({', '.join(looking)})"
             )
         if not self.lift >= 1:
             raise UserError(f"--lift must be at least 1, not {self.lift:g}")
@@ -141,6 +169,17 @@ class TaskConfig:
     )
     sparsity: SparsityConfig = SparsityConfig()
 
+    def __post_init__(self) -> None:
+        densities = self.sparsity.densities
+        if densities is not None and densities[-1] != self.model.density:
+            raise UserError(
+                f"the last of --densities ({densities[-1]:g}) must be model.density "
+                f"({self.model.density:g})"
+            )
+        for density in densities or ():
+            if int(self.model.num_blocks**2 * density) < 1:
+                raise UserError(f"--densities: {density:g} keeps no block")
+
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict, as saved in checkpoints and run.json."""
         return {
@@ -150,6 +189,18 @@ class TaskConfig:
             "num_eval_examples": self.num_eval_examples,
             "sparsity": self.sparsity.as_dict(),
         }
+
+    def phases(self) -> list[Phase]:
+        """The parts of a run, in order."""
+        sparsity = self.sparsity
+        return plan(
+            criterion=sparsity.transition_when,
+            max_dense_steps=sparsity.max_dense_steps,
+            pattern=sparsity.pattern,
+            densities=sparsity.densities or (self.model.density,),
+            phase_steps=sparsity.phase_steps,
+            reselect_every=sparsity.reselect_every,
+        )
 
     def new_criterion(self) -> Criterion:
         """The criterion that ends the dense phase, with its thresholds."""

@@ -6,16 +6,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from kernels import DropoutKey
-from models import ModelOutput, StatisticsRequest
-from sparsity.observe import uniform_attention
+from models import StatisticsRequest
 from training import memory
 from training.batching import Chunk, plan_chunks
 from training.data.order import training_indices
 from training.distributed import PeerLostError
 from training.forward import attention_loss, autocast, to_device
+from training.probe import Pooled
 from training.recording import words
 from training.run import Run, StepResult, TrainingFailed, not_finite
 
@@ -63,7 +62,7 @@ def _train_step(run: Run) -> StepResult:
     )
     # loss, correct answers, attention loss: summed on the device, read once
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)
-    pooled = _Pooled(run) if dense else None
+    pooled = Pooled(run) if dense else None
     for chunk in plan_chunks(
         config.batch_size, config.statistics_groups, run.options.micro_batch_size, begin, end
     ):
@@ -123,40 +122,8 @@ def _train_step(run: Run) -> StepResult:
         skipped=not math.isfinite(peak),
         # what was shared decides, so that all processes end after the same step
         stop_signal=(run.stop.received or run.stop.default) if signals > 0 else 0,
-        **(pooled.result() if pooled is not None else {}),
+        seen=pooled.result() if pooled is not None else None,
     )
-
-
-class _Pooled:
-    """Sums a step's pooled attention over its micro-batches, and what it would be were attention
-    uniform where something is padded. Float64 on the device, copied to the host once."""
-
-    def __init__(self, run: Run) -> None:
-        model = run.config.model
-        shape = (model.num_layers + model.key_padding, model.num_blocks, model.num_blocks)
-        # one tensor, one exchange: the last matrix is the uniform one
-        self._sum = torch.zeros(shape, dtype=torch.float64, device=run.device)
-        self.sums = [self._sum]
-        self._model = model
-
-    def add(self, output: ModelOutput, share: float) -> None:
-        """share: of the global batch. Two documents count half each."""
-        num_layers = self._model.num_layers
-        documents = [output.statistics] + ([output.statistics_1] if output.statistics_1 else [])
-        for statistics in documents:
-            assert statistics is not None
-            of_layers = torch.stack([layer.pooled_real for layer in statistics])
-            self._sum[:num_layers] += of_layers.double() * (share / len(documents))
-        for real in output.real_keys:
-            uniform = uniform_attention(real, self._model.block_size)
-            self._sum[num_layers] += uniform * (share / len(documents))
-
-    def result(self) -> dict[str, Tensor | None]:
-        sums = self._sum.cpu()
-        pooled = sums[: self._model.num_layers]
-        if self._model.tied_weights:  # one mask for all passes: the mean over them
-            pooled = pooled.mean(0, keepdim=True).expand_as(pooled)
-        return {"pooled": pooled, "uniform": sums[-1] if self._model.key_padding else None}
 
 
 def _reset_mean_attention(run: Run) -> None:

@@ -62,7 +62,7 @@ def dry_run(run: Run) -> int:
         seconds[phase] = time.perf_counter() - started
         peaks[phase] = memory.peak_bytes(run.device)
         if phase == "dense":
-            loop.switch_to_sparse(run, "dry run")
+            loop.enter_next_phase(run, "dry run")
     flops = {
         phase: provenance.flops(run.config.model, training.batch_size, phase)["step"]
         for phase in seconds

@@ -56,7 +56,8 @@ FLAGS = {
 }
 
 
-CHANGEABLE = {"training.save_seconds"}  # on resume: it changes nothing else
+# on resume: they change nothing else
+CHANGEABLE = {"training.save_seconds", "sparsity.probe_every"}
 # in a fork, beside everything of sparsity: what matters from the transition on only
 FORKABLE = {"training.skewness", "training.distance", "model.density"}
 

@@ -154,7 +154,11 @@ class RunLog(NullLog):
         if self._tensorboard is not None:
             from torch.utils.tensorboard.summary import hparams
 
-            known = {name: value for name, value in values.items() if value is not None}
+            known = {
+                name: value if isinstance(value, int | float) else str(value)
+                for name, value in values.items()
+                if value is not None
+            }
             experiment, start, end = hparams(known, dict.fromkeys(COMPARED))
             for summary in (end,) if ended else (experiment, start):
                 self._tensorboard.file_writer.add_summary(summary)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels
 from sparsity import PATTERNS, Verdict
-from sparsity.observe import Observation, describe_masks
+from sparsity.observe import Observation, Values, describe_masks
 from training import memory
 from training.evaluation import Evaluation
 from training.recording.checkpoint import TrainState
@@ -46,6 +46,8 @@ def run_started(
         f"{training.warmup} warm-up steps"
     )
     log.line(f"rule: {run.criterion.describe()}")
+    if len(run.phases) > 2 or run.phases[1].reselect_every is not None:
+        log.line(f"phases: {'; then '.join(phase.describe() for phase in run.phases)}")
     limit = config.sparsity.max_dense_steps
     if limit is not None and not run.criterion.is_budget:
         log.line(f"      at the latest after {limit} dense steps (--max_dense_steps)")
@@ -241,9 +243,14 @@ def evaluation_done(run: Run, result: Evaluation, saved: bool) -> None:
 def transition_done(run: Run, reason: str, observation: Observation, masks: Tensor) -> None:
     log = run.log
     values = {}
-    if observation.smoothed is not None:
-        values = describe_masks(observation.smoothed, masks, observation.uniform)
-    log.line(f"transition to sparse attention after step {run.step} ({reason})")
+    attention = observation.pooled if observation.smoothed is None else observation.smoothed
+    if attention is not None:
+        values = describe_masks(attention, masks, observation.uniform)
+    density = run.phases[run.phase_index].density or 0
+    if run.phase_index == 1:
+        log.line(f"transition to sparse attention after step {run.step} ({reason})")
+    else:
+        log.line(f"transition to density {density:g} after step {run.step} ({reason})")
     for layer, mask in enumerate(masks):
         empty = int((~mask.any(dim=1)).sum())
         log.line(
@@ -262,21 +269,67 @@ def transition_done(run: Run, reason: str, observation: Observation, masks: Tens
         phase=run.phase,
         reason=reason,
         seconds=run.seconds,
+        density=density,
         active_blocks=[int(mask.sum()) for mask in masks],
         **values,
     )
     if not run.world.is_main or run.paths is None:
         return
     log.line(f"block masks: {run.paths.masks}")
-    attention = None if observation.smoothed is None else observation.smoothed.numpy()
+    picture = None if attention is None else attention.numpy()
     if run.mean_attention is not None:
-        attention = run.mean_attention.mean(dim=1).cpu().numpy()
+        picture = run.mean_attention.mean(dim=1).cpu().numpy()
     path = run.paths.log.with_suffix(".transition.png")
     pixels = draw_transition(
-        path, attention, observation.pattern_scores.numpy(), masks.numpy(), run.step
+        path, picture, observation.pattern_scores.numpy(), masks.numpy(), run.step
     )
     log.image(run.step, "transition", pixels)
     log.line(f"picture of mean attention and kept blocks: {path}")
+
+
+def reselection_done(run: Run, observation: Observation, before: Tensor, masks: Tensor) -> None:
+    """How many blocks were exchanged, and what the old and the new ones hold."""
+    assert observation.pooled is not None
+    exchanged = (masks & ~before).flatten(1).sum(1).tolist()
+    old = describe_masks(observation.pooled, before, observation.uniform)
+    new = describe_masks(observation.pooled, masks, observation.uniform)
+    parts = [
+        f"layer {layer} exchanges {count} of {int(mask.sum())}, which keeps {now or 0:.1%} of the "
+        f"attention instead of {then or 0:.1%}"
+        for layer, (count, mask, then, now) in enumerate(
+            zip(exchanged, masks, old["kept_mass"], new["kept_mass"], strict=True)
+        )
+    ]
+    run.log.line(f"blocks chosen anew after step {run.step}: {'; '.join(parts)}")
+    run.log.event(
+        "reselection",
+        step=run.step,
+        phase=run.phase,
+        exchanged=exchanged,
+        kept_mass_before=old["kept_mass"],
+        seconds=run.seconds,
+        **new,
+    )
+
+
+def probed(run: Run, values: Values, said: bool = False) -> None:
+    """What sparse attention leaves out, see training.probe."""
+    if said and values:
+        for layer, (used, error) in enumerate(
+            zip(values["used_mass"], values["output_error"], strict=True)
+        ):
+            run.log.line(
+                f"  layer {layer}: {used or 0:.1%} of the softmax's weight goes to values, the "
+                f"rest to pruned scores; its output is {error or 0:.2f} of dense attention's norm "
+                f"away from it"
+            )
+    run.log.event("probe", step=run.step, phase=run.phase, **values)
+    scalars = {
+        f"probe/layer{layer}/{name}": value
+        for name, column in values.items()
+        for layer, value in enumerate(column)
+    }
+    run.log.scalars(run.step, scalars)
 
 
 def resume_hint(run: Run, why: str) -> None:

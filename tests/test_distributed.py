@@ -118,6 +118,30 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+def test_two_processes_observe_and_choose_as_one(tmp_path):
+    from main_learnable_skewness import main
+
+    method = ["--pattern", "mass", "--max_dense_steps", "22", "--reselect_every", "4"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    for folder in (two, one):
+        folder.mkdir()
+    code, output = Job(two, run_arguments(two, *method, steps=32)).wait()
+    assert code == 0, output[-3000:]
+    assert main(run_arguments(one, *method, steps=32)) == 0
+    for event, values in (
+        ("train", ("kept_mass", "best_mass", "chance_mass", "agreement", "capture")),
+        ("reselection", ("exchanged", "kept_mass", "kept_mass_before")),
+        ("transition", ("kept_mass", "kept_mass_row_min", "kept_mass_row_p10")),
+    ):
+        pairs = [[r for r in records(f) if r["event"] == event] for f in (two, one)]
+        for ours, expected in zip(*pairs, strict=True):
+            for value in values:
+                assert ours[value] == [
+                    x if x is None else pytest.approx(x, rel=1e-4) for x in expected[value]
+                ]
+    assert len(pairs[0]) == 1 and sum(r["event"] == "reselection" for r in records(two)) == 2
+
+
 def test_two_processes_equal_one(undisturbed, tmp_path):
     from main_learnable_skewness import main
 

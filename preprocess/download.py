@@ -10,7 +10,6 @@ http_proxy, https_proxy, all_proxy and no_proxy, as everywhere.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,10 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 from tqdm import tqdm
+
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training.recording import files
 
 CHUNK = 1 << 20
 # a read waits until this much has come: what a stalled connection had sent of it is lost
@@ -153,7 +156,7 @@ def fetch(
             return path
         _check_disk(path.parent, (size or (archive.size if mirror is None else 0)) - transfer.have)
         _persist(transfer, notify)
-        os.fsync(transfer.file.fileno())
+        files.sync(transfer.file, transfer.part)
         digest = _digest(transfer.part)
         received = transfer.have
         wrong = None
@@ -170,6 +173,7 @@ def fetch(
                 "look at"
             )
         os.replace(transfer.part, path)
+        files.sync_folder(path.parent)
     verified = "as expected" if sha256 else "not verified: no digest is known for this address"
     notify(f"{path}: {received:,} bytes, sha256 {digest} ({verified})")
     return path
@@ -191,23 +195,6 @@ def _check_present(path: Path, archive: Archive, sha256: str | None, notify) -> 
             f"{path} is there already, with {size:,} bytes instead of the {archive.size:,} that "
             "are published: delete it to fetch it again"
         )
-
-
-def _open_locked(part: Path) -> BinaryIO:
-    """For reading anywhere and writing at the end."""
-    while True:
-        file = open(part, "a+b", buffering=0)  # noqa: SIM115 (the caller closes it)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ValueError(f"another download is writing {part}: wait for it") from None
-        try:
-            if os.path.samestat(os.fstat(file.fileno()), part.stat()):
-                return file
-        except FileNotFoundError:
-            pass
-        file.close()  # between open and lock another process moved it into place
 
 
 def _persist(transfer: "_Transfer", notify: Callable[[str], None]) -> None:
@@ -258,7 +245,10 @@ class _Transfer:
         self.what, self.size, self.notify = archive.what, size, notify
         self.whole = False  # ask for all of it: a range did not fit
         self.otherwise = f"--mirror names another address, or put the file at {path}"
-        self.file = _open_locked(self.part)
+        try:
+            self.file = files.open_locked(self.part, buffering=0)
+        except BlockingIOError:
+            raise ValueError(f"another download is writing {self.part}: wait for it") from None
 
     def close(self) -> None:
         self.file.close()
@@ -370,7 +360,7 @@ class _Transfer:
             raise self._mismatch("the part on disk does not fit the server's file")
         _check_disk(self.path.parent, total or self.have)
         fresh = open(self.fresh, "w+b", buffering=0)  # noqa: SIM115 (it becomes the part)
-        fcntl.flock(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        files.lock(fresh, self.fresh)
         for offset in range(0, position, CHUNK):
             size = min(CHUNK, position - offset)
             _write(fresh, os.pread(self.file.fileno(), size, offset))
@@ -388,10 +378,8 @@ class _Transfer:
         etag = response.headers.get("ETag", "")
         # If-Range allows strong validators only
         validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")
-        temporary = self.info.with_suffix(".tmp")
         known = {"url": _shown(self.url), "validator": validator, "total": total}
-        temporary.write_text(json.dumps(known))
-        os.replace(temporary, self.info)
+        files.write_file(self.info, json.dumps(known).encode())
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -12,7 +12,6 @@ progress, and write their own if it hangs.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ import numpy as np
 from training.data import manifest, safe_pickle
 from training.data.examples import Dataset
 from training.errors import UserError
+from training.recording import files
 
 VERSION = 1  # of the cache's layout
 
@@ -121,7 +121,7 @@ def open_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> Dataset | None:
                 return None
             meta["pickle"] = file_state(file)
             with contextlib.suppress(OSError):  # a folder we cannot write: hashed at every start
-                _replace(folder / "meta.json", json.dumps(meta))
+                files.write_file(folder / "meta.json", json.dumps(meta).encode())
         arrays = [_map(folder / name) for name in meta["files"]]
         labels = arrays.pop()
         if any(ids.shape != (len(labels), meta["length"]) for ids in arrays) or len(labels) == 0:
@@ -171,12 +171,9 @@ def _acquire(lock: BinaryIO, folder: Path, notify: Callable[[str], None]) -> boo
     waiting = False
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return files.lock(lock, folder)
         except BlockingIOError:
             pass
-        except OSError:
-            return False
         if not waiting:
             notify(f"{folder}: waiting for another process that writes it")
             waiting = True
@@ -198,20 +195,6 @@ def _remove_unnamed(folder: Path) -> None:
                 path.unlink()
 
 
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(part, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-
-
 def write_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> None:
     """Converts the pickle to arrays in `folder`. Raises OSError (disk full, folder removed) and
     leaves nothing."""
@@ -223,8 +206,8 @@ def write_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> None:
     names = [f"{key}.{unique}.npy" for key in (*wanted.keys, "label")]
     try:
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(folder / name, "x+b")) for name in names]
-            columns = [Column(f) for f in files]
+            opened = [stack.enter_context(open(folder / name, "x+b")) for name in names]
+            columns = [Column(f) for f in opened]
             digest = hashlib.sha256()
             convert(
                 file,
@@ -235,8 +218,8 @@ def write_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> None:
             )
             for column in columns:
                 column.finish()
-            for f, name in zip(files, names, strict=True):
-                os.fsync(f.fileno())
+            for f, name in zip(opened, names, strict=True):
+                files.sync(f, folder / name)
                 if not os.path.samestat(os.fstat(f.fileno()), os.stat(folder / name)):
                     raise FileNotFoundError(errno.ENOENT, "replaced while it was written")
         if file_state(file) != state:
@@ -253,7 +236,7 @@ def write_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> None:
                 for key, column in zip((*wanted.keys, "label"), columns, strict=True)
             ],
         }
-        _replace(folder / "meta.json", json.dumps(meta))
+        files.write_file(folder / "meta.json", json.dumps(meta).encode())
     except BaseException:
         for name in names:
             with contextlib.suppress(OSError):

@@ -1,8 +1,9 @@
-"""Files written so that no moment can lose one.
+"""Files written so that no moment can lose one, and locks, for the whole project.
 
 Writing goes to a temporary file in the same folder, which is flushed to the disk before it takes
 the file's name; whoever kills the process, pulls the plug or fills the disk leaves the old file
-or the new one, whole.
+or the new one, whole. A file system that offers no locks, or cannot flush a folder, is said once
+and worked with.
 """
 
 import contextlib
@@ -11,16 +12,86 @@ import fcntl
 import os
 import re
 import secrets
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 from training.errors import UserError
+
+# what file systems answer that do not offer a call, instead of failing in it
+NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK)
+_said: set[str] = set()
 
 
 class CheckpointError(UserError):
     """A checkpoint or mask file cannot be read or written; the message is one sentence."""
+
+
+def _say_once(path: str | Path, what: str, error: OSError) -> None:
+    if what not in _said:
+        _said.add(what)
+        with contextlib.suppress(OSError, ValueError):  # stderr may be gone
+            print(f"{path}: the file system {what} ({error.strerror})", file=sys.stderr)
+
+
+def lock(file: int | IO, path: str | Path) -> bool:
+    """Locks an open file of this name until it is closed or the process ends, however it ends.
+
+    Returns: False if the file system offers no locks.
+    Raises: BlockingIOError if another process has the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        _say_once(path, "has no locks: nothing keeps two processes from writing one file", error)
+        return False
+
+
+def open_locked(path: Path, buffering: int = -1) -> BinaryIO:
+    """Opens a file for appending and for reading anywhere, makes it if need be, and locks it.
+
+    Raises: BlockingIOError if another process has the lock; OSError.
+    """
+    while True:
+        file = open(path, "a+b", buffering)  # noqa: SIM115 (the caller closes it)
+        try:
+            lock(file, path)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # between opening and locking it was given another name
+
+
+def sync(file: int | IO, path: str | Path) -> None:
+    """Waits until an open file of this name is on the disk. Raises OSError if it cannot get
+    there."""
+    try:
+        os.fsync(file if isinstance(file, int) else file.fileno())
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        _say_once(path, "cannot flush: a power cut may lose what was written last", error)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until new names in a folder are on the disk, as far as its file system can do that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder to write in but not to list
+        return
+    try:
+        sync(descriptor, folder)
+    finally:
+        os.close(descriptor)
 
 
 def remove_stale_temporaries(path: str | Path) -> None:
@@ -28,12 +99,10 @@ def remove_stale_temporaries(path: str | Path) -> None:
     path = Path(path)
     for temporary in path.parent.glob(f".{_glob_escape(path.name)}.*.saving"):
         with contextlib.suppress(OSError):
-            descriptor = os.open(temporary, os.O_RDONLY)
+            descriptor = os.open(temporary, os.O_RDWR)  # NFS locks only what may be written
             try:
-                # The writer holds this lock; the system drops it when the writer dies, however it
-                # dies.
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                temporary.unlink()
+                if lock(descriptor, temporary):
+                    temporary.unlink()
             finally:
                 os.close(descriptor)
 
@@ -71,34 +140,42 @@ def replace_file(path: Path, write: Callable[[_Sink], Any], previous: Path | Non
     previous: where the whole checkpoint that `path` was stays.
     Raises: CheckpointError if the disk is full, the folder is not writable, ...
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.saving")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_temporaries(path)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sink = _Sink(descriptor)
-            write(sink)
-            if sink.error is not None:
-                raise sink.error
-            os.fsync(descriptor)
-            # a damaged file must not push out the good one before it
-            if previous is not None and path.exists() and _is_whole(path):
-                _keep_as(path, previous)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        finally:
-            os.close(descriptor)
-        _sync_folder(path.parent)
+        _replace(path, write, previous)
     except OSError as error:
         kept = "; the file of that name is unchanged" if path.exists() else ""
         reason = error.strerror or error
         raise CheckpointError(f"could not save {path}: {reason}{kept}") from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replaces a file in an existing folder by `data`, at once. Raises OSError."""
+    _replace(path, lambda sink: sink.write(data))
+
+
+def _replace(path: Path, write: Callable[[_Sink], Any], previous: Path | None = None) -> None:
+    remove_stale_temporaries(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.saving")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        lock(descriptor, temporary)  # nobody else has it: the name is new
+        sink = _Sink(descriptor)
+        write(sink)
+        if sink.error is not None:
+            raise sink.error
+        sync(descriptor, path)
+        # a damaged file must not push out the good one before it
+        if previous is not None and path.exists() and _is_whole(path):
+            _keep_as(path, previous)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def _keep_as(path: Path, previous: Path) -> None:
@@ -125,17 +202,6 @@ def _is_whole(path: Path) -> bool:
         return True
     except Exception:  # a damaged zip can raise almost anything
         return False
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _glob_escape(name: str) -> str:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import math
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from training.errors import UserError
-from training.recording.files import replace_file
+from training.recording import files
 
 COMPARED = ("val/accu", "test/accuracy", "test/loss")  # scalars beside the hyperparameters
 
@@ -95,7 +94,7 @@ class RunLog(NullLog):
         if metrics_path is not None:
             assert self._log is not None
             try:
-                fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                files.lock(self._log, log_path)
             except BlockingIOError:
                 raise UserError(
                     f"another process is training this run (it holds {log_path})"
@@ -174,7 +173,7 @@ class RunLog(NullLog):
 
     def sync(self) -> dict[str, int]:
         if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+            files.sync(self._metrics, self._metrics.name)
         position = {}
         if self._tensorboard is not None:
             self._tensorboard.flush()
@@ -247,7 +246,7 @@ def _curve_files(folder: Path) -> list[Path]:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file by `text` at once: a reader sees the old or the new file, never half of
     one."""
-    replace_file(path, lambda sink: sink.write(text.encode()))
+    files.replace_file(path, lambda sink: sink.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training.errors import UserError
 from training.recording import files
 
 CHUNK = 1 << 20
@@ -136,11 +137,11 @@ def fetch(
         notify: gets a line before it starts (what, how large, from where, where to), a line for
             each fault that may pass, and one with the digest at the end.
     Returns: the path.
-    Raises: ValueError or OSError with one sentence on what is wrong and what to do.
+    Raises: UserError or OSError with one sentence on what is wrong and what to do.
     """
     archive, path = ARCHIVES[name], Path(folder) / name
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-        raise ValueError("--sha256 takes 64 hexadecimal digits")
+        raise UserError("--sha256 takes 64 hexadecimal digits")
     if path.exists():
         _check_present(path, archive, sha256, notify)
         return path
@@ -168,7 +169,7 @@ def fetch(
         if wrong:
             unverified = path.with_name(name + ".unverified")
             os.replace(transfer.part, unverified)
-            raise ValueError(
+            raise UserError(
                 f"what came from {_shown(url)} {wrong}; it is kept as {unverified} for you to "
                 "look at"
             )
@@ -180,15 +181,15 @@ def fetch(
 
 
 def _check_present(path: Path, archive: Archive, sha256: str | None, notify) -> None:
-    """Whether a file under the final name can be the archive. Raises ValueError if not."""
+    """Whether a file under the final name can be the archive. Raises UserError if not."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder where {archive.what} should be: move it away")
+        raise UserError(f"{path} is a folder where {archive.what} should be: move it away")
     with open(path, "rb") as file:
         wrong = _not_an_archive(file.read(NETWORK_CHUNK))
     if not wrong and sha256 is not None and _digest(path) != sha256.lower():
         wrong = f"a file without SHA-256 {sha256.lower()}"
     if wrong:
-        raise ValueError(f"{path} is {wrong}, not {archive.what}: delete it to fetch it again")
+        raise UserError(f"{path} is {wrong}, not {archive.what}: delete it to fetch it again")
     size = path.stat().st_size
     if archive.sha256 is not None and size != archive.size:
         notify(
@@ -198,7 +199,7 @@ def _check_present(path: Path, archive: Archive, sha256: str | None, notify) -> 
 
 
 def _persist(transfer: "_Transfer", notify: Callable[[str], None]) -> None:
-    """Attempts until the part is whole. Raises ValueError for what does not pass by waiting."""
+    """Attempts until the part is whole. Raises UserError for what does not pass by waiting."""
     fruitless, reached, begin = 0, False, time.monotonic()
     while True:
         before = transfer.have
@@ -210,12 +211,12 @@ def _persist(transfer: "_Transfer", notify: Callable[[str], None]) -> None:
             reached = reached or not isinstance(fault, _NoConnection)
             kept = f"{_bytes(transfer.have)} are kept"
             if not reached and (fruitless > 1 or time.monotonic() - begin > CONNECT / 2):
-                raise ValueError(
+                raise UserError(
                     f"{fault}; without a network, fetch {_shown(transfer.url)} elsewhere and put "
                     f"it at {transfer.path}"
                 ) from None
             if fruitless > RETRIES:
-                raise ValueError(
+                raise UserError(
                     f"giving up on {_shown(transfer.url)} after {fruitless} attempts: {fault}; "
                     f"{kept}, the same command continues there"
                 ) from None
@@ -248,7 +249,7 @@ class _Transfer:
         try:
             self.file = files.open_locked(self.part, buffering=0)
         except BlockingIOError:
-            raise ValueError(f"another download is writing {self.part}: wait for it") from None
+            raise UserError(f"another download is writing {self.part}: wait for it") from None
 
     def close(self) -> None:
         self.file.close()
@@ -258,7 +259,7 @@ class _Transfer:
         return os.fstat(self.file.fileno()).st_size
 
     def attempt(self) -> None:
-        """One request. Raises _Retry, or ValueError for what does not pass by waiting."""
+        """One request. Raises _Retry, or UserError for what does not pass by waiting."""
         known = None if self.whole else self._known()
         headers = {"Accept-Encoding": "identity"}
         first = 0
@@ -274,7 +275,7 @@ class _Transfer:
             if wrong is None and self.size is not None and total not in (None, self.size):
                 wrong = f"a file of {total:,} bytes ({self.size:,} are published)"
             if wrong is not None:
-                raise ValueError(
+                raise UserError(
                     f"{_shown(response.url)} is {wrong}, not {self.what}: {self.otherwise}"
                 )
             _check_disk(self.path.parent, (total or self.have) - self.have)
@@ -291,7 +292,7 @@ class _Transfer:
         if status == 416 and not self.whole:
             raise self._mismatch("the part on disk is longer than the server's file")
         if status not in (200, 206):
-            raise ValueError(
+            raise UserError(
                 f"{_shown(response.url)} answered {status} {response.reason}: {self.otherwise}"
             )
         start, total = _content_range(response)
@@ -308,7 +309,7 @@ class _Transfer:
 
     def _mismatch(self, message: str) -> Exception:
         if self.whole:
-            return ValueError(f"{message}, twice: {self.otherwise}")
+            return UserError(f"{message}, twice: {self.otherwise}")
         self.whole = True
         return _Mismatch(message)
 
@@ -411,34 +412,34 @@ def _not_an_archive(head: bytes) -> str | None:
 
 
 def _get(url: str, headers: dict):
-    """The answer, its body still to be read. Raises _Retry, or ValueError if no waiting helps."""
+    """The answer, its body still to be read. Raises _Retry, or UserError if no waiting helps."""
     host = _host(url)
     if urlsplit(url).scheme not in ("http", "https") or not host:
-        raise ValueError(f"{_shown(url)} is not a usable address: http or https is needed")
+        raise UserError(f"{_shown(url)} is not a usable address: http or https is needed")
     proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
     who = f"the proxy {_shown(proxy or '')} of http_proxy, https_proxy or all_proxy"
     _knock(proxy or url, who if proxy else host)
     try:
         response = requests.get(url, headers=headers, stream=True, timeout=(CONNECT, STALL))
     except requests.TooManyRedirects:
-        raise ValueError(f"{_shown(url)} redirects in circles") from None
+        raise UserError(f"{_shown(url)} redirects in circles") from None
     except requests.exceptions.InvalidSchema as error:
         if "SOCKS" in str(error):
-            raise ValueError(f"{who} needs PySocks: pip install pysocks") from None
-        raise ValueError(f"{_shown(url)} leads to an unusable address: {error}") from None
+            raise UserError(f"{who} needs PySocks: pip install pysocks") from None
+        raise UserError(f"{_shown(url)} leads to an unusable address: {error}") from None
     except requests.exceptions.ProxyError as error:
         refused = re.search(r"Tunnel connection failed: (\d+) ([^')]*)", str(error))
         if not refused:
             raise _NoConnection(f"no connection through {who} ({_cause(error)})") from None
         status, reason = int(refused[1]), refused[2]
     except requests.exceptions.InvalidURL as error:
-        raise ValueError(f"{_shown(url)} is not a usable address: {error}") from None
+        raise UserError(f"{_shown(url)} is not a usable address: {error}") from None
     except requests.ConnectTimeout:
         raise _NoConnection(f"no connection to {host} within {CONNECT:g} s") from None
     except requests.Timeout:
         raise _Retry(f"no answer from {host} within {STALL:g} s") from None
     except requests.exceptions.SSLError as error:
-        raise ValueError(
+        raise UserError(
             f"the certificate of {host} is not accepted ({_cause(error)}); if a proxy replaces "
             "it, REQUESTS_CA_BUNDLE names the file of the proxy's own"
         ) from None
@@ -452,7 +453,7 @@ def _get(url: str, headers: dict):
     if status >= 500:
         raise _Retry(f"{who} answered {status} {reason}")
     hint = ": write the variable as http://USER:PASSWORD@HOST:PORT" if status == 407 else ""
-    raise ValueError(f"{who} refuses with {status} {reason}{hint}")
+    raise UserError(f"{who} refuses with {status} {reason}{hint}")
 
 
 def _knock(address: str, who: str) -> None:
@@ -464,7 +465,7 @@ def _knock(address: str, who: str) -> None:
         if not parts.hostname:
             raise ValueError("it has no host")
     except ValueError as error:
-        raise ValueError(f"{who} is not a usable address: {error}") from None
+        raise UserError(f"{who} is not a usable address: {error}") from None
     outcome: list[Exception | None] = []
 
     def knock() -> None:
@@ -514,7 +515,7 @@ def _content_length(response) -> int | None:
 def _check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed + DISK_MARGIN > free:
-        raise ValueError(
+        raise UserError(
             f"{folder} has {_bytes(free)} free, {_bytes(needed + DISK_MARGIN)} are needed: make "
             "room"
         )
@@ -574,7 +575,7 @@ def main(argv: list[str] | None = None) -> int:
         fetch(tasks[args.task], args.output_dir, mirror=args.mirror, sha256=args.sha256)
     except KeyboardInterrupt:
         return 130
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

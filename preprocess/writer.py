@@ -13,7 +13,6 @@ NumPy 2 writes, is unknown to NumPy 1.24).
 
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -26,6 +25,7 @@ import numpy as np
 
 from training.data import manifest
 from training.errors import UserError
+from training.recording.files import open_locked, sync, sync_folder
 
 BATCH = (
     1000  # items between two APPENDS, as the standard pickler does: bounds the unpickler's stack
@@ -139,19 +139,9 @@ class SplitWriter:
     def _open(self):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                file = open(self._part, "ab", buffering=1 << 20)  # noqa: SIM115
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    file.close()
-                    raise UserError(f"{self.path}: another run is writing this file") from None
-                except OSError:
-                    pass  # a file system without locks
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(file.fileno()), os.stat(self._part)):
-                        break
-                file.close()  # between open and lock another run moved it into place
+            file = open_locked(self._part, buffering=1 << 20)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another run is writing this file") from None
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         if file.tell() > 0:
@@ -195,7 +185,7 @@ class SplitWriter:
         self._blocks[0].seek(0)
         if self._unsynced >= SYNC and all(work.done() for work in self._syncing):
             self._wait(*self._syncing)
-            self._syncing = [self._threads.submit(os.fsync, self._file.fileno())]
+            self._syncing = [self._threads.submit(sync, self._file, self._part)]
             self._unsynced = 0
 
     def _wait(self, *works: concurrent.futures.Future) -> None:
@@ -215,7 +205,7 @@ class SplitWriter:
         self._wait(*self._writing, *self._syncing)
         self._threads.shutdown()
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file, self._part)
 
     def facts(self) -> dict:
         """What the manifest says about the finished file."""
@@ -246,7 +236,7 @@ class SplitWriter:
                 return
             self.finish()
             self.publish()
-            sync_folder(self.path.parent, self._notify)
+            sync_folder(self.path.parent)
 
 
 @contextlib.contextmanager
@@ -298,7 +288,7 @@ def open_set(
             publish_dev()
         if "dev" not in facts:
             facts["dev"] = facts["test"]
-        sync_folder(folder, notify)
+        sync_folder(folder)
         manifest.write(folder, task, files.facts | {"splits": facts})
     for split, fact in facts.items():
         path = folder / f"{task}.{split}.pickle"
@@ -324,20 +314,11 @@ def _dev_beside(files: DataSet) -> Iterator[Callable[[], None]]:
             os.link(test, part)
         except OSError:  # a file system without links
             shutil.copyfile(test, part)
+            with open(part, "rb") as copy:
+                sync(copy, part)
         yield lambda: os.replace(part, dev)
     finally:
         part.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path, notify: Callable[[str], None]) -> None:
-    """New names in `folder` survive a power cut, where the file system can promise that."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    except OSError as error:
-        notify(f"{folder}: its file system cannot sync folders ({error.strerror})")
-    finally:
-        os.close(number)
 
 
 def check_free_space(output_dir, num_bytes: int) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from preprocess import download
+from training.errors import UserError
 
 NAME = "cifar-10-binary.tar.gz"
 ROOT = Path(__file__).parents[1]
@@ -246,7 +247,7 @@ def fetch(folder, **options):
 def cut_short(server, folder, sent=SENT):
     """What a connection that broke after `sent` bytes leaves."""
     server.faults = ["cut", "not_found"]
-    with pytest.raises(ValueError, match="404"):
+    with pytest.raises(UserError, match="404"):
         fetch(folder)
     assert (folder / f"{NAME}.part").read_bytes() == server.body[:sent]
 
@@ -322,7 +323,7 @@ def test_faults_that_pass_end_in_the_right_file(server, tmp_path, faults, resume
 def test_faults_that_stay_are_one_sentence(server, tmp_path, monkeypatch, faults, options, says):
     server.faults = faults
     publish(monkeypatch, url=server.url, **options)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(UserError, match=says):
         fetch(tmp_path)
     assert not (tmp_path / NAME).exists()
 
@@ -336,7 +337,7 @@ def test_faults_that_stay_are_one_sentence(server, tmp_path, monkeypatch, faults
 def test_no_answer_harms_what_has_arrived(server, tmp_path, monkeypatch, fault):
     cut_short(server, tmp_path)
     server.faults = [fault] * 9
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         fetch(tmp_path)
     assert (tmp_path / f"{NAME}.part").read_bytes() == BODY[:SENT]
     server.faults = []
@@ -350,10 +351,10 @@ def test_a_captive_portal_gets_no_name(server, mirror, tmp_path, fault, publishe
     """Signing in and repeating the command is enough."""
     options = {} if published_digest else {"mirror": f"{server.address}/official"}
     server.faults = ["cut", "not_found"]
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         fetch(tmp_path, **options)
     server.faults = ["page"] if fault == "page" else [fault, "page"]
-    with pytest.raises(ValueError, match="web page"):
+    with pytest.raises(UserError, match="web page"):
         fetch(tmp_path, **options)
     assert set(os.listdir(tmp_path)) == {f"{NAME}.part", f"{NAME}.part.json"}
     fetch(tmp_path, **options)
@@ -373,14 +374,14 @@ def test_another_mirror_continues_the_same_file(server, mirror, tmp_path):
 def test_a_changed_file_is_never_glued_to_an_old_part(server, mirror, tmp_path, same_size, where):
     """The old part stays until there is more of the new file."""
     server.faults = ["cut", "not_found"]
-    with pytest.raises(ValueError, match="404"):
+    with pytest.raises(UserError, match="404"):
         fetch(tmp_path, mirror=server.address)
     other = mirror if where == "elsewhere" else server
     other.body = OTHER if same_size else archive(seed=1, size=200_000)
     other.body += b"\0" * (len(BODY) - len(other.body)) if same_size else b""
     other.etag = '"two"' if where == "there" else None
     other.faults = ["no_range_cut"] * 3
-    with pytest.raises(ValueError, match="giving up"):
+    with pytest.raises(UserError, match="giving up"):
         fetch(tmp_path, mirror=other.address)
     assert (tmp_path / f"{NAME}.part").read_bytes() == BODY[:SENT]
     fetch(tmp_path, mirror=other.address)
@@ -399,7 +400,7 @@ def test_the_new_file_goes_on_where_it_was_cut(server, tmp_path):
         real(self, body, wanted, send=SENT * 2),
         setattr(self, "close_connection", True),
     )
-    with pytest.raises(ValueError, match="404"):
+    with pytest.raises(UserError, match="404"):
         fetch(tmp_path, **options)
     assert (tmp_path / f"{NAME}.part").read_bytes() == server.body[: 2 * SENT]
     fetch(tmp_path, **options)
@@ -461,7 +462,7 @@ def test_two_at_once(server, tmp_path):
     thread.start()
     while not server.requests:
         time.sleep(0.01)
-    with pytest.raises(ValueError, match="another download is writing"):
+    with pytest.raises(UserError, match="another download is writing"):
         download.fetch(NAME, tmp_path, notify=lambda _: None)
     thread.join()
     assert (tmp_path / NAME).read_bytes() == BODY
@@ -473,7 +474,7 @@ def test_two_at_once(server, tmp_path):
 @pytest.mark.parametrize("body", [PAGE, b"", b"\x1f\x8bnot gzip", gzip.compress(b"no tar" * 200)])
 def test_a_wrong_file_under_the_final_name_is_to_be_deleted(server, tmp_path, body):
     (tmp_path / NAME).write_bytes(body)
-    with pytest.raises(ValueError, match=f"{NAME} is an? .*, not CIFAR-10: delete it"):
+    with pytest.raises(UserError, match=f"{NAME} is an? .*, not CIFAR-10: delete it"):
         fetch(tmp_path)
     assert (tmp_path / NAME).read_bytes() == body and not server.requests
 
@@ -494,14 +495,14 @@ def test_the_digest_of_the_publishers_binds_their_address_alone(server, mirror, 
     assert (
         "(as expected)" in fetch(tmp_path / "2", mirror=mirror.address, sha256=digest.upper())[-1]
     )
-    with pytest.raises(ValueError, match=f"has SHA-256 {digest}, expected {DIGEST}"):
+    with pytest.raises(UserError, match=f"has SHA-256 {digest}, expected {DIGEST}"):
         fetch(tmp_path / "3", mirror=mirror.address, sha256=DIGEST)
-    with pytest.raises(ValueError, match=f"has SHA-256 {DIGEST}, expected {digest}"):
+    with pytest.raises(UserError, match=f"has SHA-256 {DIGEST}, expected {digest}"):
         fetch(tmp_path / "4", sha256=digest)
     fetch(tmp_path / "2", sha256=digest)
-    with pytest.raises(ValueError, match=f"a file without SHA-256 {DIGEST}, .*: delete it"):
+    with pytest.raises(UserError, match=f"a file without SHA-256 {DIGEST}, .*: delete it"):
         fetch(tmp_path / "2", sha256=DIGEST)
-    with pytest.raises(ValueError, match="64 hexadecimal digits"):
+    with pytest.raises(UserError, match="64 hexadecimal digits"):
         fetch(tmp_path / "5", sha256="abc")
 
 
@@ -524,11 +525,11 @@ def test_the_digests_that_are_published_are_digests():
 def test_a_full_disk_is_known_before_the_first_request(server, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(ValueError, match=r"0.00 MB free, 0\.27 GB are needed"):
+    with pytest.raises(UserError, match=r"0.00 MB free, 0\.27 GB are needed"):
         fetch(tmp_path)
     assert not server.requests
     publish(monkeypatch, url=server.url, size=7_700_000_000, sha256=None)
-    with pytest.raises(ValueError, match=r"7\.97 GB are needed"):
+    with pytest.raises(UserError, match=r"7\.97 GB are needed"):
         fetch(tmp_path)
 
 
@@ -556,7 +557,7 @@ def deaf():
 def test_a_network_that_swallows_everything(tmp_path, monkeypatch, deaf):
     """A firewall that drops packets."""
     publish(monkeypatch, url=deaf)
-    with pytest.raises(ValueError, match=r"no connection .* within 0.3 s; without a network"):
+    with pytest.raises(UserError, match=r"no connection .* within 0.3 s; without a network"):
         fetch(tmp_path)
 
 
@@ -580,7 +581,7 @@ def test_an_unreachable_network_takes_less_than_10_seconds(tmp_path, deaf, way):
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://127.0.0.1", "http:///", "file:///etc/passwd"])
 def test_an_address_that_is_none(tmp_path, url):
-    with pytest.raises(ValueError, match="not a usable address"):
+    with pytest.raises(UserError, match="not a usable address"):
         fetch(tmp_path, mirror=url)
 
 
@@ -610,7 +611,7 @@ def test_a_proxy_is_blamed_for_what_it_does(
     if "127.0.0.1:" in place and scheme:
         place = place.replace("://", "://somebody:secret@")
     monkeypatch.setenv(variable, place)
-    with pytest.raises(ValueError, match=says) as error:
+    with pytest.raises(UserError, match=says) as error:
         fetch(tmp_path, mirror=f"{url}://data.example/folder")
     assert "the proxy " in str(error.value) and "secret" not in str(error.value)
 
@@ -625,7 +626,7 @@ def test_a_password_in_an_address_is_not_repeated(server, tmp_path):
     server.faults = ["cut", "not_found"]
     notes = []
     address = server.address.replace("://", "://me:secret@")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         download.fetch(NAME, tmp_path, mirror=address, notify=notes.append)
     left = "".join(path.read_text(errors="replace") for path in tmp_path.iterdir())
     assert "secret" not in f"{error.value}{notes}{left}"

@@ -2,18 +2,17 @@
 
 The create scripts write it last: with it the set is complete. It says what the pickles are made
 from and what they must be, so that a mixture of two sets is found before anybody trains on it.
-from training.errors import UserError
 Pickles without a manifest (the original's) are taken as they are.
 """
 
 import contextlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
+from training.recording.files import write_file
 
 FORMAT = 1
 SPLITS = ("train", "dev", "test")
@@ -26,17 +25,7 @@ def path_of(folder, stem: str) -> Path:
 def write(folder, stem: str, facts: dict[str, Any]) -> None:
     """Replaces the manifest at once. {"replacing": True}: the pickles are changing places."""
     path = path_of(folder, stem)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "w") as file:
-            json.dump({"format": FORMAT, **facts}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+    write_file(path, json.dumps({"format": FORMAT, **facts}, indent=1).encode())
 
 
 def read(folder, stem: str) -> dict[str, Any] | None:

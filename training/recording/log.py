@@ -92,7 +92,7 @@ class RunLog(NullLog):
             log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = open(log_path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if metrics_path is not None:
-            assert self._log is not None
+            assert self._log is not None and log_path is not None
             try:
                 files.lock(self._log, log_path)
             except BlockingIOError:

@@ -103,8 +103,12 @@ class Member:
 
     def read(self, limit: int | None = None) -> bytes:
         """Its bytes. Raises Fault if there are more than `limit`; OSError."""
-        with self.open() as file:
-            data = file.read() if limit is None else file.read(limit + 1)
+        try:
+            with self.open() as file:
+                data = file.read() if limit is None else file.read(limit + 1)
+        except OSError as error:
+            error.filename = error.filename or self.where
+            raise
         if limit is not None and len(data) > limit:
             raise Fault(f"the file has more than {limit:,} bytes")
         return data

@@ -43,6 +43,19 @@ def test_map_ordered(workers):
         list(mapped(range(70, 90)))
 
 
+def fill(megabytes: int) -> int:
+    return len(bytearray(b"x") * (megabytes << 20))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc")
+def test_peak_memory_counts_the_workers(monkeypatch):
+    monkeypatch.setattr(parallel, "_workers_peak", 0)
+    alone = parallel.peak_memory()
+    with parallel.map_ordered(fill, [150, 1, 150, 1], 2) as results:
+        assert list(results) == [150 << 20, 1 << 20, 150 << 20, 1 << 20]
+    assert 150 << 20 < parallel.peak_memory() - alone < 900 << 20
+
+
 def test_a_dead_worker_is_one_sentence(capsys):
     def run():
         with parallel.map_ordered(square, [1, -9, 2, 3], 2) as results:

@@ -94,7 +94,7 @@ def cache_folders(path: Path, cache_dir) -> list[Path]:
     ]  # same names from other folders stay apart
     if cache_dir is not None:
         return [Path(cache_dir) / place / name]
-    return [real.parent / name, Path("~/.cache/sat").expanduser() / place / name]
+    return [real.parent / name, Path(os.path.expanduser("~/.cache/sat")) / place / name]
 
 
 def file_state(file: BinaryIO) -> dict[str, int]:

@@ -97,8 +97,8 @@ def _train_step(run: Run) -> StepResult:
     largest, norm = (
         torch.nn.utils.get_total_norm(gradients, order).double() for order in (math.inf, 2.0)
     )
-    signal = torch.tensor(float(run.stop.received), dtype=torch.float64, device=run.device)
-    shared = torch.cat([totals, signal[None]])
+    signal = torch.full((1,), float(run.stop.received), dtype=torch.float64, device=run.device)
+    shared = torch.cat([totals, signal])
     run.world.sum_([shared, *(pooled.sums if pooled is not None else ())])
     numbers = torch.cat([shared, torch.stack([largest, norm])]).tolist()
     loss_sum, correct, attention_sum, signals, peak, gradient_norm = numbers

@@ -19,7 +19,7 @@ class Dataset:
 
     def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """The examples at `indices` (int64 array [B]): ids [B, N], second ids [B, N] or None,
-        labels [B], all int64."""
-        ids = [torch.from_numpy(column[indices].astype(np.int64)) for column in self._ids]
-        labels = torch.from_numpy(self.labels[indices].astype(np.int64))
+        labels [B], of the unsigned types that they are stored in."""
+        ids = [torch.from_numpy(column[indices]) for column in self._ids]
+        labels = torch.from_numpy(self.labels[indices])
         return ids[0], ids[1] if self.num_inputs == 2 else None, labels

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections import Counter
@@ -121,16 +122,19 @@ class Waits(TorchFunctionMode):
 
     def __init__(self, count: Count) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.pinned = count, list[Tensor]()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if (
-            function is Tensor.to
-            and (kwargs or {}).get("non_blocking")
-            and not args[0].is_pinned()
-        ):
+        kwargs = kwargs or {}
+        if function is Tensor.pin_memory:
+            self.pinned.append(args[0])
+            return args[0]
+        if function is torch.tensor and kwargs.get("device") is not None:
+            self.count.waits["upload of Python's numbers"] += 1
+        pinned = any(args[0] is tensor for tensor in self.pinned) if args else False
+        if function is Tensor.to and kwargs.get("non_blocking") and not pinned:
             self.count.waits["upload that is not pinned"] += 1
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -138,10 +142,15 @@ def as_on_cuda(count: Count) -> Iterator[None]:
     """Lets fake CPU tensors take the ways of CUDA tensors, as far as operators are concerned."""
     from torch.nn.utils import clip_grad
 
-    from kernels import cuda
+    from kernels import cuda, triton_layer
+    from training import forward
 
     def dropout(x, p=0.5, training=True, inplace=False):
         return torch.native_dropout(x, p, training)[0]
+
+    def launch(kernel, grid, *arguments, **constants):
+        tensors = {id(x): x for x in arguments if isinstance(x, Tensor)}
+        count.add(f"triton.{kernel.__name__}", 1, stored_bytes(list(tensors.values())))
 
     def tolist(tensor):
         count.waits["read of a tensor"] += 1
@@ -151,6 +160,9 @@ def as_on_cuda(count: Count) -> Iterator[None]:
         (FakeTensor, "tolist", tolist),
         (clip_grad, "_has_foreach_support", lambda tensors, device: True),
         (F, "dropout", dropout),
+        (forward, "is_gpu", lambda device: True),
+        (triton_layer, "launch", launch),
+        (triton_layer, "DEVICE", "cpu"),
         (cuda, "_no_device", lambda: None),
         (cuda, "_load", lambda: (None, None)),
         (cuda, "_reason_too_large", lambda *shape: None),
@@ -180,6 +192,7 @@ def count_step(contender: str, task: str, batch: int, backend: str) -> Count:
     )
     run = made.run
     count = Count()
+    assert importlib.util.find_spec("triton"), "the fused operations need triton"
     with as_on_cuda(count), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in run.model.modules():
             if hasattr(module, "backend"):
@@ -194,8 +207,10 @@ def count_step(contender: str, task: str, batch: int, backend: str) -> Count:
             made.optimizer = torch.optim.AdamW(parameters, lr=1e-4, eps=1e-6, fused=True)
         else:
             run.optimizer = PhaseOptimizer(parameters, run.config.training, "sparse", fused=True)
-        made.step()  # makes the optimizer's state
-        count.waits.clear()
+        with Waits(Count()):
+            made.step()  # makes the optimizer's state
+        for counter in (count.traffic, count.launches, count.waits):
+            counter.clear()
         with Waits(count), Operators(count):
             made.step()
     return count

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -45,6 +47,9 @@ class DropoutKey:
     seed: int
     step: int
     first_example: int
+    # int64 [3], the same on a GPU, whose kernels read it: a captured graph draws the masks of what
+    # is written there. None: uploaded when first asked for.
+    words: Tensor | None = field(default=None, compare=False)
 
 
 # ---- the generator -------------------------------------------------------------------
@@ -598,6 +603,50 @@ def _projections_call(x, parameters, layout) -> tuple[_Projections, Tensor | Non
     return call, active
 
 
+# ---- triton: triton_layer.py -------------------------------------------------------
+
+
+@functools.cache
+def _triton_layer() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("kernels.triton_layer")
+
+
+def _in_triton(backend: str, x: Tensor, *widths: int) -> Any:
+    """The module whose operation runs, or None: on a GPU where Triton is installed, for widths
+    that its kernels take. (Backends "cuda" and "triton" differ in attention alone.)"""
+    if backend not in ("cuda", "triton") and not (backend == "auto" and x.is_cuda):
+        return None
+    module = _triton_layer()
+    if module is None or x.device.type != module.DEVICE or not module.fits(*widths):
+        return None
+    return module if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+
+
+def _same_products(operand: Tensor) -> bool:
+    """Whether torch would multiply `operand` in its own dtype."""
+    device = operand.device.type
+    return not torch.is_autocast_enabled(device) or (
+        operand.dtype == torch.get_autocast_dtype(device)
+    )
+
+
+def _triton_drop(x: Tensor, p: float, key: DropoutKey | None) -> Any:
+    module = _triton_layer()
+    threshold = dropout_threshold(p)
+    if key is None or threshold == 0:
+        return module.Drop(x, 0, 1.0)  # type: ignore[union-attr]
+    words = _key_words(key, x.device) if key.words is None else key.words
+    return module.Drop(words, threshold, dropout_scale(p))  # type: ignore[union-attr]
+
+
+@functools.lru_cache(maxsize=16)
+def _key_words(key: DropoutKey, device: torch.device) -> Tensor:
+    words = torch.tensor([key.seed, key.step, key.first_example])
+    return words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words
+
+
 # ---- public ------------------------------------------------------------------------
 
 
@@ -635,8 +684,10 @@ def _use_cpu(backend: str, x: Tensor, compiled: bool) -> bool:
     compiled for to plain PyTorch: unlike attention, that costs time only, never memory. "cuda" has
     no compiled version of these operations yet.
     """
-    if backend not in ("auto", "reference", "cpu", "cuda"):
-        raise ValueError(f"unknown backend {backend!r}: choose auto, cpu, cuda or reference")
+    if backend not in ("auto", "reference", "cpu", "cuda", "triton"):
+        raise ValueError(
+            f"unknown backend {backend!r}: choose auto, cpu, cuda, triton or reference"
+        )
     if backend not in ("auto", "cpu"):
         return False
     reason = native.reason_unavailable()
@@ -697,6 +748,12 @@ def embedding_dropout_layer_norm(
         return _EmbedNorm.apply(
             ids, word_table, position_table, norm_weight, norm_bias, eps, drop, norm_dtype
         )
+    triton_layer = _in_triton(backend, word_table, word_table.shape[1])
+    if triton_layer and len(word_table) <= triton_layer.MAX_WORDS:
+        return triton_layer.EmbedNorm.apply(
+            ids, word_table, position_table, norm_weight, norm_bias, eps,
+            _triton_drop(word_table, p, key), site, norm_dtype,
+        )  # fmt: skip
     x = _wide(F.embedding(ids, word_table)) + _wide(position_table)
     x = _dropout(x, p, key, site).to(word_table.dtype)
     return x, _layer_norm(x, norm_weight, norm_bias, eps)
@@ -763,6 +820,8 @@ def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
     _check(x, mask=mask)
     if _use_cpu(backend, x, x.dtype in _TYPE and _compiled_widths(x.shape[-1])):
         return _MaskedMean.apply(x, mask)
+    if triton_layer := _in_triton(backend, x, x.shape[-1]):
+        return triton_layer.MaskedMean.apply(x, mask)
     with torch.autocast(x.device.type, enabled=False):
         # as a product: one pass over x, forward and backward
         weights = mask.unsqueeze(1).to(_wide(x).dtype)
@@ -799,6 +858,9 @@ def attention_projections(
     _check(x, layout, **{f"parameter {i}": q for i, q in enumerate(parameters)})
     if _use_cpu(backend, x, _compiled_products(x, parameters) and _compiled_widths(E, K)):
         return _Project.apply(x, heads, layout, *parameters)
+    triton_layer = _in_triton(backend, x, E, K)
+    if triton_layer and _same_products(x) and 3 * K * E <= triton_layer.MAX_WEIGHTS:
+        return triton_layer.Project.apply(x, heads, *parameters)
     # one product; the attention kernels read the strided parts without a copy
     weight, bias = torch.cat(parameters[::2]), torch.cat(parameters[1::2])
     parts = linear(x, weight, bias, backend=backend).view(*x.shape[:2], 3, heads, K // heads)
@@ -851,6 +913,15 @@ def attention_output_feed_forward(
     compiled = _compiled_products(attended, [x, *parameters]) and _compiled_widths(E, K, hidden)
     if _use_cpu(backend, x, compiled):  # else the compiled parts one after the other
         return _LayerRest.apply(x, attended, layout, p, key, sites, eps, *parameters)
+    triton_layer = _in_triton(backend, x, E, K, hidden)
+    if (
+        triton_layer
+        and _same_products(attended)
+        and _norm_dtype(x) == attended.dtype
+        and E * K + 2 * E * hidden <= triton_layer.MAX_WEIGHTS
+    ):
+        drop = _triton_drop(x, p, key)
+        return triton_layer.Layer.apply(x, attended, drop, sites, eps, *parameters)
     rest: dict[str, Any] = {"p": p, "key": key, "backend": backend}
     branch = linear(attended, *output, backend=backend)
     y, normed = dropout_add_layer_norm(x, branch, *norm, site=sites[0], eps=eps, **rest)

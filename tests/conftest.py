@@ -6,6 +6,13 @@ from pathlib import Path
 import pytest
 
 
+def pytest_configure(config):
+    """Triton's kernels are interpreted on the CPU, but for the tests on a GPU. It looks when it is
+    first imported."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with the real pictures, reviews and published checkpoints that some tests read."""

@@ -37,7 +37,7 @@ from kernels.layout import BlockLayout
 
 log = logging.getLogger("sat.kernels")
 
-BACKENDS = ("cuda", "cpu", "reference")  # fastest first: the order in which "auto" asks
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first: the order in which "auto" asks
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _modules: dict[str, ModuleType] = {}  # filled at first use: the backends import from this file
@@ -71,8 +71,8 @@ def block_sparse_attention(
         scale: factor on the scores; None means 1 / sqrt(d).
         pruned: "zero", a pruned score counts as logit 0 in the denominator; "masked", it counts
             as minus infinity.
-        backend: "reference", "cpu", "cuda" or "auto" (choice said once); a named backend never
-            falls back.
+        backend: "reference", "cpu", "triton", "cuda" or "auto" (choice said once); a named
+            backend never falls back.
     Returns: [B, H, N, d], dtype of query. A row without an attended real key is zero and passes
         no gradient.
     Raises: ValueError if shapes, dtypes or devices disagree; RuntimeError if the named backend is

@@ -6,9 +6,6 @@ The kernels are torch operators (sat_cuda::attention and its backward, sat_cuda:
 autograd and torch.compile see them as one node. They run on the current stream, never wait for the
 GPU, allocate nothing larger than their outputs (but [B, H, N/16, N/16] for the statistics), use no
 atomics, and give the same bits every time.
-
-Where there is a GPU but no library, FlexAttention does what it can of block_sparse_attention
-(flex.py), and says so once.
 """
 
 from __future__ import annotations
@@ -16,18 +13,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels import flex, native, reference
+from kernels import native, reference
 from kernels.layout import BlockLayout
 from kernels.operators import empty_like, empty_outputs, pad_head_dim, register_attention
-from kernels.statistics import AttentionStatistics, real_row_weights
-
-log = logging.getLogger("sat.kernels")
+from kernels.statistics import AttentionStatistics, from_pieces
 
 name = "cuda"
 
@@ -42,7 +36,7 @@ GRANULE = 16  # rows of a warp: block_size is a multiple of it
 
 @torch.compiler.assume_constant_result
 def reason_unavailable() -> str | None:
-    return _no_device() or (None if flex.is_available() else _load()[1])
+    return _no_device() or _load()[1]
 
 
 def supports(op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
@@ -50,11 +44,6 @@ def supports(op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
         return f"the tensors are on {query.device}"
     if query.dtype not in TYPES:
         return f"dtype {query.dtype}, it computes float32, bfloat16 and float16"
-    if reason := _reason_unbuilt():
-        if op != "block_sparse_attention" or layout is None:
-            return reason
-        against = flex.reason_against(query, layout)
-        return f"{reason}; {against}" if against else None
     N, d = query.shape[2:]
     if d > HEAD_DIMS[-1]:
         return f"head_dim {d}, it goes up to {HEAD_DIMS[-1]}"
@@ -74,11 +63,6 @@ def block_sparse_attention(
     scale: float,
     pruned: str,
 ) -> Tensor:
-    if reason := _reason_unbuilt():
-        _say_once(f"block_sparse_attention uses FlexAttention: {reason}")
-        return flex.block_sparse_attention(
-            query, key, value, layout, key_padding_mask, scale, pruned
-        )
     lists = [layout.row_offsets, layout.row_columns, layout.column_offsets, layout.column_rows]
     zero = pruned == "zero"
     return _attention(query, key, value, key_padding_mask, lists, layout.block_size, scale, zero)
@@ -105,7 +89,7 @@ def attention_statistics(
     mean_out: Tensor | None,
     mean_weight: float,
 ) -> AttentionStatistics:
-    B, H, N, d = query.shape
+    N, d = query.shape[2:]
     query, key = pad_head_dim(_padded(d), query, key)
     accumulate = mean_out is not None
     if full and mean_out is None:
@@ -113,38 +97,7 @@ def attention_statistics(
     pieces = torch.ops.sat_cuda.statistics(
         query, key, key_padding_mask, mean_out, scale, groups, accumulate, mean_weight
     )
-    nb, parts = N // block_size, block_size // GRANULE
-    pooled = pieces.view(B, H, nb, parts, nb, parts).sum((3, 5), dtype=torch.float64)
-    pooled /= block_size**2
-    pooled_mean = pooled.mean((0, 1)).float()
-    return AttentionStatistics(
-        mean_attention=mean_out,
-        pooled_mean=pooled_mean,
-        pooled_square_mean=pooled.square().mean(),
-        pooled_real=pooled_mean
-        if key_padding_mask is None
-        else _of_real(pieces, key_padding_mask, parts),
-    )
-
-
-def _of_real(pieces: Tensor, key_padding_mask: Tensor, parts: int) -> Tensor:
-    """pooled_real, to 16 rows: where an example ends within a piece, its padded rows count as
-    the real ones beside them do."""
-    B, H, pieces_a_row, _ = pieces.shape
-    weights = real_row_weights(key_padding_mask).view(B, 1, pieces_a_row, 1, GRANULE).mean(-1)
-    nb = pieces_a_row // parts
-    pooled = (pieces * weights).view(B, H, nb, parts, nb, parts).sum((3, 5), dtype=torch.float64)
-    return (pooled.mean((0, 1)) / (parts * GRANULE) ** 2).float()
-
-
-@torch.compiler.assume_constant_result
-def _reason_unbuilt() -> str | None:
-    return _load()[1]
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    log.info(message)
+    return from_pieces(pieces, GRANULE, block_size, key_padding_mask, mean_out)
 
 
 def _dense_block(length: int) -> int:

@@ -97,6 +97,37 @@ def real_row_weights(key_padding_mask: Tensor) -> Tensor:
     return real * (real.shape[1] / real.sum(1, keepdim=True).clamp(min=1))
 
 
+def from_pieces(
+    pieces: Tensor,
+    side: int,
+    block_size: int,
+    key_padding_mask: Tensor | None,
+    mean_attention: Tensor | None,
+) -> AttentionStatistics:
+    """The statistics from sums of p over squares of `side`, fp32 [B, H, N / side, N / side].
+
+    pooled_real is exact to `side` rows: where an example ends within a square, its padded rows
+    count as the real ones beside them do.
+    """
+    parts = block_size // side
+
+    def pooled(pieces: Tensor) -> Tensor:
+        blocks = pieces.unflatten(3, (-1, parts)).unflatten(2, (-1, parts))
+        return blocks.sum((3, 5), dtype=torch.float64) / block_size**2
+
+    of_all = pooled(pieces)
+    mean = of_real = of_all.mean((0, 1)).float()
+    if key_padding_mask is not None:
+        weights = real_row_weights(key_padding_mask).unflatten(1, (-1, side)).mean(-1)
+        of_real = pooled(pieces * weights[:, None, :, None]).mean((0, 1)).float()
+    return AttentionStatistics(
+        mean_attention=mean_attention,
+        pooled_mean=mean,
+        pooled_square_mean=of_all.square().mean(),
+        pooled_real=of_real,
+    )
+
+
 def _check_mean_out(mean_out: Tensor, shape: list[int], query: Tensor, full: bool) -> None:
     if not full:
         raise ValueError("mean_out needs full=True: without it no mean is taken")

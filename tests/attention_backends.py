@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import emulated_amx
 import emulated_cuda
+import interpreted_triton
 import pytest
 import torch
 from torch import Tensor
@@ -96,6 +97,16 @@ CASES = [
         max_tokens=2048,
     ),
     Case("cuda", "cuda", device="cuda"),
+    Case("triton", "triton", device="cuda"),
+    Case(
+        "triton-interpreted",
+        "triton",
+        activate=interpreted_triton.active,
+        skip=interpreted_triton.reason_unavailable,
+        head_dims=(32,),
+        num_examples=10,
+        max_tokens=512,
+    ),
     Case("cuda-emulated", "cuda", activate=emulated_cuda.active, num_examples=50, max_tokens=2048),
 ]
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks import attention_cuda
-from kernels import BlockLayout, attention_statistics, block_sparse_attention, cuda, flex
+from kernels import BlockLayout, attention_statistics, block_sparse_attention, cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "kernels" / "libsat_cuda.ptxas.txt"
@@ -179,59 +179,6 @@ def test_unusable_libraries_are_refused_in_a_sentence(monkeypatch, tmp_path, sta
 
 def test_the_structs_agree_with_c():
     assert ctypes.sizeof(cuda._SatAttention) == emulated_cuda.library().sat_cuda_struct_bytes()
-
-
-# ---- FlexAttention, where there is a GPU and no library ---------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("pruned", ["zero", "masked"])
-def test_flex_attention_with_the_correction_is_exact(pruned, padded):
-    """Forward and in fp32: that is what it can do on a CPU."""
-    generator = torch.Generator().manual_seed(1)
-    query, key, value = (1.5 * torch.randn(2, 2, 128, 32, generator=generator) for _ in range(3))
-    mask = torch.rand(4, 4, generator=generator) < 0.5
-    mask[0], mask[1] = False, True
-    layout = BlockLayout.from_mask(mask, 32)
-    padding = None
-    if padded:
-        padding = torch.rand(2, 128, generator=generator) < 0.7
-        padding[1] = False
-    got = flex.block_sparse_attention(query, key, value, layout, padding, 0.2, pruned)
-    exact = block_sparse_attention(
-        *(x.double() for x in (query, key, value)),
-        layout,
-        key_padding_mask=padding,
-        scale=0.2,
-        pruned=pruned,
-        backend="reference",
-    )
-    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_is_chosen_without_the_library_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(cuda, "_no_device", lambda: None)
-    monkeypatch.setattr(cuda, "_load", lambda: (None, "libsat_cuda.so is not built"))
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(flex, "is_available", lambda: True)
-    cuda._say_once.cache_clear()
-    query = torch.randn(1, 1, 256, 32)
-    layout = BlockLayout.full(2, 128)
-    with caplog.at_level("INFO", logger="sat.kernels"):
-        for _ in range(2):
-            out = block_sparse_attention(query, query, query, layout, backend="cuda")
-    assert [m for m in caplog.messages if "uses FlexAttention: libsat_cuda.so is not" in m] == (
-        caplog.messages
-    )
-    assert len(caplog.messages) == 1 and out.shape == query.shape
-    with pytest.raises(RuntimeError, match="is not built; FlexAttention takes blocks of 128, not"):
-        block_sparse_attention(query, query, query, BlockLayout.full(4, 64), backend="cuda")
-    with pytest.raises(RuntimeError, match=r"libsat_cuda\.so is not built$"):
-        attention_statistics(query, query, block_size=128, backend="cuda")
-    monkeypatch.setattr(flex, "is_available", lambda: False)
-    assert cuda.reason_unavailable() == "libsat_cuda.so is not built"
 
 
 # ---- emulated: what the semantics tests do not reach -----------------------------------

@@ -69,13 +69,13 @@ def check(case, query, key, padding, bs, groups=1, scale=None):
     torch.testing.assert_close(got.pooled_square_mean.cpu(), square_mean, rtol=1e-5, atol=0)
     if padding is None:
         assert got.pooled_real is got.pooled_mean
-    elif "cuda" not in case.backend or ends_on_16(padding):
+    elif case.backend in ("cpu", "reference") or ends_on_16(padding):
         torch.testing.assert_close(got.pooled_real.cpu().double(), pooled_real, **tolerance)
     return got
 
 
 def ends_on_16(padding):
-    """Whether no 16 rows hold real and padded tokens: what the CUDA kernel tells apart."""
+    """Whether no 16 rows hold real and padded tokens: what the GPU kernels tell apart."""
     pieces = padding.view(len(padding), -1, 16)
     return bool((pieces.all(-1) | ~pieces.any(-1)).all())
 

@@ -86,7 +86,7 @@ def build_parser(prog: str, description: str, *, modes: list[str], default_mode:
     machine.add_argument(
         "--backend",
         default="auto",
-        choices=["auto", "reference", "cpu", "cuda"],
+        choices=["auto", "reference", "cpu", "triton", "cuda"],
         help=(
             "of the kernels; auto (default): the fastest that is built; a named one never falls "
             "back"

@@ -120,7 +120,10 @@ def resolve_backend(name: str, device: torch.device) -> str:
         reason = kernels.available_backends().get(name)
         if reason is not True:
             raise UserError(f"--backend {name} cannot be used: {reason}")
-        if name in ("cpu", "cuda") and name != device.type:
+        if (
+            device.type != ("cuda" if name in ("cuda", "triton") else "cpu")
+            and name != "reference"
+        ):
             raise UserError(f"--backend {name} does not run on --device {device.type}")
     return name
 

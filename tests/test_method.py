@@ -3,6 +3,7 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -93,6 +94,12 @@ def test_given_blocks_are_kept(fresh, capsys):
     assert tiny.train(fresh, *given, "--masks", str(path)) == 0
     kept = load_checkpoint(tiny.checkpoints(fresh) / "sat.last.model").block_masks
     assert torch.equal(kept, masks[0].bool())
+    # one's own masks, one for all layers
+    np.save(fresh / "own.npy", masks[0, 1].bool().numpy())
+    own = ["--masks", str(fresh / "own.npy"), "--name", "own"]
+    assert tiny.train(fresh, *given, *own) == 0
+    kept = load_checkpoint(tiny.checkpoints(fresh) / "own.last.model").block_masks
+    assert torch.equal(kept, masks[0, 1].bool().expand(LAYERS, 4, 4))
     path.write_bytes(pickle.dumps(torch.ones(1, LAYERS, 8, 8)))
     code = tiny.train(fresh, *given, "--masks", str(path), "--name", "other")
     refused(code, capsys, "[2, 8, 8]", "[2, 4, 4]")

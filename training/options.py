@@ -248,7 +248,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     )
     transition.add_argument(
-        "--masks", metavar="FILE", help="block masks for --pattern given, as a run writes them"
+        "--masks",
+        metavar="FILE",
+        help="block masks for --pattern given: as a run writes them, or .npy [nb, nb] or "
+        "[layers, nb, nb]",
     )
 
 

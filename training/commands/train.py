@@ -334,6 +334,8 @@ def _given_masks(config: TaskConfig) -> torch.Tensor | None:
     if path is None:
         return None
     masks = load_masks(path)
+    if len(masks) == 1:  # one for all layers
+        masks = masks.expand(model.num_layers, -1, -1)
     shape = [model.num_layers, model.num_blocks, model.num_blocks]
     if list(masks.shape) != shape:
         raise UserError(f"the block masks in {path} are {list(masks.shape)}, the model's {shape}")

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from training.recording.files import CheckpointError, replace_file
@@ -33,13 +34,22 @@ def save_masks(path: str | Path, block_masks: torch.Tensor) -> None:
 def load_masks(path: str | Path) -> torch.Tensor:
     """Read a `mat_lst` pickle, ours or the reference's: [G, L, nb, nb] -> bool [L, nb, nb].
 
+    A .npy file may hold masks of one's own, [L, nb, nb] or, one for all layers, [nb, nb]
+    (returned as [1, nb, nb]).
+
     Raises: CheckpointError, also when the pickle asks for anything but a tensor (nothing is
     executed).
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            masks = _MaskUnpickler(file).load()
+            if path.suffix == ".npy":
+                array = np.load(file, allow_pickle=False)
+                masks = torch.from_numpy(
+                    array.astype(np.float32).reshape(1, -1, *array.shape[-2:])
+                )
+            else:
+                masks = _MaskUnpickler(file).load()
     except FileNotFoundError:
         raise CheckpointError(f"there is no file of block masks {path}") from None
     except OSError as error:
@@ -47,7 +57,7 @@ def load_masks(path: str | Path) -> torch.Tensor:
     except _ForbiddenError as error:
         raise CheckpointError(f"{path} wants {error}, which block masks never need") from error
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise CheckpointError(f"{path} is damaged or no pickle of block masks") from error
+        raise CheckpointError(f"{path} is damaged or no file of block masks") from error
     if (
         not isinstance(masks, torch.Tensor)
         or masks.dim() != 4

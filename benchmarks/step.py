@@ -212,7 +212,12 @@ def make_contender(name: str, arguments: argparse.Namespace):
     from training.run import Run, RunOptions
     from training.settings import build_config
 
-    flags = {"training.batch_size": arguments.batch, "training.skewness": 1e9}
+    precision = "bf16" if name in ("b16", "e") else "fp32"
+    flags = {
+        "training.batch_size": arguments.batch,
+        "training.skewness": 1e9,
+        "run.precision": precision,
+    }
     config, _ = build_config(arguments.task, Config[arguments.task], flags=flags)
     device = torch.device(arguments.device)
     torch.manual_seed(0)
@@ -220,7 +225,6 @@ def make_contender(name: str, arguments: argparse.Namespace):
         config=config,
         options=RunOptions(
             micro_batch_size=arguments.micro_batches[0],
-            precision="bf16" if name in ("b16", "e") else "fp32",
         ),
         paths=None,
         device=device,
@@ -254,7 +258,7 @@ def check(name: str, contender) -> dict[str, float]:
     ids, ids_1, labels = to_device(run.train_data.batch(np.arange(2)), run.device)
 
     def ours(model):
-        with torch.no_grad(), autocast(run.device, run.options.precision):
+        with torch.no_grad(), autocast(run.device, run.config.run.precision):
             output = model(ids, ids_1)
         loss = F.cross_entropy(output.logits.float(), labels).double()
         if output.statistics is not None:

@@ -137,9 +137,8 @@ def test_metrics_tell_every_step(finished):
     assert [r["event"] for r in records if r["event"] != "train"] == [
         "start",
         "transition",
-        "eval",
-        "eval",
-        "eval",
+        "probe",
+        *(["eval", "probe"] * 3),
         "end",
     ]
     first, third, last = train[0], train[2], train[-1]
@@ -477,7 +476,7 @@ def test_what_a_resume_cannot_change(finished, capsys):
         (["--batch_size", "16"], "training.batch_size=16"),
         (["--set", "model.dropout_prob=0.3"], "model.dropout_prob=0.3"),
         (["--train_steps", "40"], "training.num_train_steps=40"),
-        (["--precision", "bf16"], "another precision"),
+        (["--precision", "bf16"], "run.precision=bf16"),
         (["--pattern", "band"], "sparsity.pattern=band"),
         (["--transition_when", "shifting"], "sparsity.transition_when=shifting"),
         (["--max_dense_steps", "9"], "sparsity.max_dense_steps=9"),

@@ -99,7 +99,7 @@ def test_warmup_is_shortened_and_said():
         (["num_layers=4"], "write it as section.field=value"),
         (["model.num_layers"], "write it as section.field=value"),
         (["model.num_layers="], "write it as section.field=value"),
-        (["dataset.train=5"], "the section must be model, training or sparsity"),
+        (["dataset.train=5"], "the section must be one of model, training"),
     ],
 )
 def test_mistakes_are_named(settings, words):
@@ -141,6 +141,9 @@ def test_unused_fields_are_those_of_the_dict():
         (["sparsity.densities=0.3,0.1", "sparsity.phase_steps=5"], "must be model.density .0.05"),
         (["sparsity.densities=0.3,0.05"], "--phase_steps N go together"),
         (["sparsity.phase_steps=3"], "--phase_steps N go together"),
+        (["run.seed=-1"], "--random must be at least 0"),
+        (["run.precision=fp8"], "--precision must be one of auto, fp32"),
+        (["run.patience=0"], "--patience must be at least 1"),
         (["sparsity.pattern=3"], "sparsity.pattern must be of type str"),
     ],
 )

@@ -123,6 +123,17 @@ def test_after_is_a_budget(fresh):
     assert transition["step"] == 7 and transition["reason"] == "after 7 dense steps"
 
 
+def test_every_setting_can_be_given_with_set(fresh):
+    given = ["--set=sparsity.pattern=mass", "--set=sparsity.max_dense_steps=3", "--set=run.seed=4"]
+    assert tiny.train(fresh, *given, "--set=run.patience=9", "--stop_after", "5") == 0
+    flags = ["--pattern", "mass", "--max_dense_steps", "3", "--random", "4", "--patience", "9"]
+    assert tiny.train(fresh, *flags, "--stop_after", "5", "--name", "flags") == 0
+    folder = tiny.checkpoints(fresh).parent.parent / "checkpoints-4" / tiny.TASK
+    one, other = (load_checkpoint(folder / f"{name}.last.model") for name in ("sat", "flags"))
+    assert one.config == other.config and one.config["run"]["precision"] == "fp32"
+    assert all(torch.equal(v, other.model_state_dict[k]) for k, v in one.model_state_dict.items())
+
+
 # ---- forks -------------------------------------------------------------------------
 
 END = ["--max_dense_steps", "20"]
@@ -238,7 +249,7 @@ def test_blocks_are_chosen_anew(fresh, capsys):
         assert torch.equal(states[0].block_masks, states[1].block_masks)
     assert tiny.train(fresh, "--name", "micro", *given, "--micro_batch_size", "2") == 0
     for one, other in zip(chosen, events(fresh, "reselection", "micro"), strict=True):
-        assert one["kept_mass"] == pytest.approx(other["kept_mass"], rel=1e-3)
+        assert one["kept_mass"] == pytest.approx(other["kept_mass"], rel=1e-2)
 
 
 def test_densities_fall_by_phases(fresh, capsys):

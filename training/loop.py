@@ -180,7 +180,7 @@ def evaluate_and_keep_best(run: Run, final: bool) -> None:
         indices,
         batch_size=run.options.micro_batch_size,
         device=run.device,
-        precision=run.options.precision,
+        precision=run.config.run.precision,
         world=run.world,
         attn_loss_scale=run.config.training.attn_loss_scale,
     )
@@ -207,7 +207,7 @@ def best_state(run: Run) -> TrainState:
         model_state_dict=run.model.state_dict(),
         phase=run.phase,
         block_masks=run.model.block_masks,
-        config=run.config.as_dict() | {"precision": run.options.precision},
+        config=run.config.as_dict(),
         step=run.step,
         best_accuracy=run.best_accuracy,
     )
@@ -312,5 +312,5 @@ def _is_over(run: Run) -> bool:
 
 
 def _out_of_patience(run: Run) -> bool:
-    patience = run.options.patience
+    patience = run.config.run.patience
     return patience is not None and run.evaluations_since_best >= patience

@@ -58,9 +58,8 @@ def build_parser(prog: str, description: str, *, modes: list[str], default_mode:
     run.add_argument(
         "--random",
         type=not_negative,
-        default=0,
         metavar="SEED",
-        help="seed of the run (default: %(default)s)",
+        help="seed of the run (default: 0)",
     )
     run.add_argument(
         "--name",
@@ -73,7 +72,8 @@ def build_parser(prog: str, description: str, *, modes: list[str], default_mode:
         default=[],
         metavar="SECTION.FIELD=VALUE",
         help=(
-            "any field of the task's dict in config.py, for example model.num_layers=4; repeatable"
+            "any field of the task's dict in config.py, for example model.num_layers=4, and any "
+            "option as sparsity.pattern=mass or run.seed=1; repeatable"
         ),
     )
 

@@ -52,9 +52,11 @@ def _forward(run: Run, begin: int, end: int) -> ModelOutput:
     """The sparse model on examples [begin, end) of the batch of the last step, with a probe of
     each layer: query, key and value are those that the sparse layers before it produce."""
     first = (run.step - 1) * run.config.training.batch_size if run.step else 0
-    indices = training_indices(run.train_data.size, run.options.seed, first + begin, end - begin)
+    indices = training_indices(
+        run.train_data.size, run.config.run.seed, first + begin, end - begin
+    )
     ids, ids_1, _ = to_device(run.train_data.batch(indices), run.device)
-    with autocast(run.device, run.options.precision):
+    with autocast(run.device, run.config.run.precision):
         return run.model(ids, ids_1, statistics=StatisticsRequest(probe=True))
 
 

@@ -28,13 +28,10 @@ class TrainingFailed(RuntimeError):
 
 @dataclass
 class RunOptions:
-    """What the command line decides beside the configuration."""
+    """What the command line decides beside the configuration, and may change on resume."""
 
-    seed: int = 0
-    patience: int | None = None  # evaluations without a better one after which training ends
     stop_after: int | None = None  # a cut through the full schedule, to be resumed
     micro_batch_size: int = 16
-    precision: str = "fp32"
     resume_command: str = ""
 
 
@@ -82,7 +79,7 @@ class Run:
         self.optimizer = self.new_optimizer()
         # fp16 alone has too small a range for gradients
         self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.options.precision == "fp16"
+            self.device.type, enabled=self.config.run.precision == "fp16"
         )
 
     def choose(self, observation: Observation) -> Tensor:
@@ -90,7 +87,7 @@ class Run:
         [L, nb, nb]."""
         phase = self.phases[max(self.phase_index, 1)]
         assert phase.pattern is not None and phase.density is not None
-        return select_blocks(phase.pattern, observation, phase.density, self.options.seed)
+        return select_blocks(phase.pattern, observation, phase.density, self.config.run.seed)
 
     @property
     def phase(self) -> str:

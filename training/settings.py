@@ -18,6 +18,9 @@ from sparsity import CRITERIA, PATTERNS, Criterion
 from sparsity.phases import Phase, plan
 from training.errors import UserError
 
+SECTIONS = ("model", "training", "sparsity", "run")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -158,8 +161,36 @@ class SparsityConfig:
 
 
 @dataclass(frozen=True)
+class RunConfig:
+    """What else decides a run's numbers.
+
+    Raises:
+        UserError: one sentence naming the option and what is allowed.
+    """
+
+    seed: int = 0
+    precision: str = "auto"  # until the device is known
+    patience: int | None = None  # evaluations without a better one after which training ends
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"--random must be at least 0, not {self.seed}")
+        if self.precision not in PRECISIONS:
+            raise UserError(
+                f"--precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}"
+            )
+        if self.patience is not None and self.patience < 1:
+            raise UserError(f"--patience must be at least 1, not {self.patience}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields: a dict that builds this object again."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class TaskConfig:
-    """Everything that defines a run's mathematics."""
+    """Everything that defines a run's mathematics: one object, checked, stored in checkpoints and
+    run.json, and compared with it on resume."""
 
     task: str
     model: ModelConfig
@@ -168,6 +199,7 @@ class TaskConfig:
         int  # num_eval_steps * the dict's own batch_size; --batch_size never changes it
     )
     sparsity: SparsityConfig = SparsityConfig()
+    run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
         densities = self.sparsity.densities
@@ -188,6 +220,7 @@ class TaskConfig:
             "training": self.training.as_dict(),
             "num_eval_examples": self.num_eval_examples,
             "sparsity": self.sparsity.as_dict(),
+            "run": self.run.as_dict(),
         }
 
     def phases(self) -> list[Phase]:
@@ -216,10 +249,11 @@ class TaskConfig:
             model=_model_config(values["model"]),
             training=TrainingConfig(**_checked(TrainingConfig, "training", values["training"])),
             num_eval_examples=values["num_eval_examples"],
-            # checkpoints of before this section was there
+            # checkpoints of before these sections were there
             sparsity=SparsityConfig(
                 **_checked(SparsityConfig, "sparsity", values.get("sparsity", {}))
             ),
+            run=RunConfig(**_checked(RunConfig, "run", values.get("run", {}))),
         )
 
 
@@ -270,7 +304,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: malformed text, unknown section, or a field that nothing reads.
     """
-    parsed: dict[str, dict[str, Any]] = {"model": {}, "training": {}, "sparsity": {}}
+    parsed: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for text in settings:
         path, equals, literal = text.partition("=")
         section, dot, field = path.strip().partition(".")
@@ -280,7 +314,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
             )
         if section not in parsed:
             raise UserError(
-                f"--set {text}: the section must be model, training or sparsity, not {section!r}"
+                f"--set {text}: the section must be one of {', '.join(SECTIONS)}, not {section!r}"
             )
         if path.strip() in UNUSED_FIELDS:
             raise UserError(
@@ -298,6 +332,12 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
                 value = literal
         parsed[section][field] = value
     return parsed
+
+
+def seed_of(flag: int | None, settings: Sequence[str]) -> int:
+    """The run's seed, which is part of its file names: --random, else --set run.seed, else 0."""
+    given = parse_settings(settings)["run"]
+    return RunConfig(**_checked(RunConfig, "run", given)).seed if flag is None else flag
 
 
 def build_config(
@@ -345,6 +385,7 @@ def build_config(
         training=TrainingConfig(**checked),
         num_eval_examples=checked["num_eval_steps"] * own["batch_size"],
         sparsity=SparsityConfig(**_checked(SparsityConfig, "sparsity", merged["sparsity"])),
+        run=RunConfig(**_checked(RunConfig, "run", merged["run"])),
     )
     return config, notices
 

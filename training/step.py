@@ -56,7 +56,7 @@ def _train_step(run: Run) -> StepResult:
     begin, end = run.world.part(config.batch_size)
     indices = training_indices(
         run.train_data.size,
-        run.options.seed,
+        run.config.run.seed,
         run.step * config.batch_size + begin,
         end - begin,
     )
@@ -69,11 +69,11 @@ def _train_step(run: Run) -> StepResult:
         ids, ids_1, labels = to_device(
             run.train_data.batch(indices[chunk.begin - begin : chunk.end - begin]), run.device
         )
-        with autocast(run.device, run.options.precision):
+        with autocast(run.device, run.config.run.precision):
             output = run.model(
                 ids,
                 ids_1,
-                dropout_key=DropoutKey(run.options.seed, run.step, chunk.begin),
+                dropout_key=DropoutKey(run.config.run.seed, run.step, chunk.begin),
                 statistics=_statistics_request(run, chunk) if dense else None,
             )
         share = len(labels) / config.batch_size

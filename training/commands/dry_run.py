@@ -45,7 +45,7 @@ def dry_run(run: Run) -> int:
     print(
         f"dry run of {run.config.task}: batch {training.batch_size}, micro-batch "
         f"{run.options.micro_batch_size}, "
-        f"{provenance.device_name(run.device)}, precision {run.options.precision}; nothing is "
+        f"{provenance.device_name(run.device)}, precision {run.config.run.precision}; nothing is "
         "written"
     )
     before = memory.peak_bytes(run.device)

@@ -33,7 +33,7 @@ from training.recording.log import NullLog, RunLog
 from training.recording.paths import RunPaths
 from training.recording.reference_files import find_masks, mask_agreement
 from training.run import TrainingFailed
-from training.settings import TaskConfig, build_config, resolve_task
+from training.settings import TaskConfig, build_config, resolve_task, seed_of
 
 # share of a layer's mask that its pattern would choose; foreign masks reach about the density
 FITTING_MASKS = 0.5
@@ -45,6 +45,7 @@ def evaluate_run(
     """--mode eval of both entry scripts: the saved model on the test set. Writes eval.{name}.log
     and nothing else."""
     task = resolve_task(args.task, tasks, aliases)
+    args.random = seed_of(args.random, args.set)
     paths = RunPaths(Path(args.output_dir), args.random, task, args.name, mode="eval")
     notices: list[str] = []
     state = load_checkpoint(paths.model, getattr(args, "masks", None))
@@ -109,7 +110,7 @@ def _evaluation_config(
 
 def _precision(given: str, state: TrainState, device: torch.device) -> tuple[str, list[str]]:
     """The run's precision where none is given and this device has it, and what is to be said."""
-    trained = (state.config or {}).get("precision")
+    trained = (state.config or {}).get("run", {}).get("precision")
     wanted = trained if given == "auto" and trained is not None else given
     if wanted == "fp16" and given == "auto" and device.type == "cpu":
         wanted = "auto"

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,15 @@ from training.recording.log import NullLog, RunLog
 from training.recording.paths import RunPaths
 from training.recording.reference_files import load_masks
 from training.run import Run, RunOptions, TrainingFailed
-from training.settings import SparsityConfig, TaskConfig, build_config, resolve_task, unused_fields
+from training.settings import (
+    SECTIONS,
+    SparsityConfig,
+    TaskConfig,
+    build_config,
+    resolve_task,
+    seed_of,
+    unused_fields,
+)
 
 # flags, and the settings that they stand for
 FLAGS = {
@@ -52,12 +60,15 @@ FLAGS = {
     "train_steps": "training.num_train_steps",
     "sk": "training.skewness",
     "ds": "training.distance",
+    "random": "run.seed",
+    "precision": "run.precision",
+    "patience": "run.patience",
     **{field.name: f"sparsity.{field.name}" for field in dataclasses.fields(SparsityConfig)},
 }
 
 
-# on resume: they change nothing else
-CHANGEABLE = {"training.save_seconds", "sparsity.probe_every"}
+# on resume: they change no number of a step
+CHANGEABLE = {"training.save_seconds", "sparsity.probe_every", "run.patience"}
 # in a fork, beside everything of sparsity: what matters from the transition on only
 FORKABLE = {"training.skewness", "training.distance", "model.density"}
 
@@ -71,6 +82,7 @@ def train_run(
 ) -> int:
     """--mode train: a new run, a resumed one, or a dry run; ends with the test result."""
     task = resolve_task(args.task, tasks, aliases)
+    args.random = seed_of(args.random, args.set)
     paths = RunPaths(Path(args.output_dir), args.random, task, args.name)
     if launch.restarts:  # the job was started anew after a failure: it goes on, whatever was typed
         args.resume = True
@@ -87,10 +99,8 @@ def train_run(
     stored = (state.training or {}).get("resolved", {}) if state is not None else {}
     device = resolve_device(args.device, launch)
     memory.keep_freed_memory()
-    precision = _taken_over(
-        args.precision, "auto", stored, "precision", lambda: resolve_precision("auto", device)
-    )
-    precision = resolve_precision(precision, device)
+    precision = resolve_precision(config.run.precision, device)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
     backend = resolve_backend(args.backend, device)
     datasets: tuple[Dataset, Dataset]
     if args.dry_run:
@@ -114,11 +124,8 @@ def train_run(
     torch.manual_seed(args.random)
     model = build_model(config.model, backend).to(device)
     options = RunOptions(
-        seed=args.random,
-        patience=stored.get("patience") if args.patience is None and not forked else args.patience,
         stop_after=args.stop_after,
         micro_batch_size=micro,
-        precision=precision,
         resume_command=_resume_command(command),
     )
     log = NullLog()
@@ -205,7 +212,7 @@ def _train_and_test(run: Run, test_data: Dataset) -> int:
         test_data,
         run.options.micro_batch_size,
         run.device,
-        run.options.precision,
+        run.config.run.precision,
         run.world,
     )
     words.test_done(run.log, result, seconds, state.phase)
@@ -258,6 +265,10 @@ def _check_run(state: TrainState, path: Path | str, task: str, args: argparse.Na
     """Refuses a checkpoint that this task and seed cannot go on from."""
     if state.training is None:
         raise UserError(f"{path} holds a model to evaluate, not a run to go on with")
+    if "observer" not in state.training:
+        raise UserError(
+            f"{path} was written by an older version, whose runs this one cannot resume"
+        )
     if state.config is not None and state.config["task"] != task:
         raise UserError(f"{path} belongs to task {state.config['task']}, not {task}")
     seed = state.training["resolved"]["seed"]
@@ -309,15 +320,17 @@ def _training_config(
     base = task_dict if state is None else state.config
     assert base is not None
     flags = {path: getattr(args, name) for name, path in FLAGS.items()}
+    if args.precision == "auto":  # whatever the run has, or the device
+        flags["run.precision"] = None
     config, notices = build_config(task, base, settings=args.set, flags=flags)
     if state is None:
         return config, notices
     resumed = TaskConfig.from_dict(base)
-    for section in ("model", "training", "sparsity"):
+    for section in SECTIONS:
         before, now = getattr(resumed, section).as_dict(), getattr(config, section).as_dict()
         for name, value in before.items():
             path = f"{section}.{name}"
-            free = path in CHANGEABLE or (forked and (section == "sparsity" or path in FORKABLE))
+            free = path in CHANGEABLE or (forked and (path in FORKABLE or section == "sparsity"))
             if now[name] != value and not free:
                 what = "fork" if forked else "resume"
                 raise UserError(
@@ -342,20 +355,6 @@ def _given_masks(config: TaskConfig) -> torch.Tensor | None:
     if model.tied_weights and not bool((masks == masks[0]).all()):
         raise UserError(f"the block masks in {path} differ between layers, whose weights are tied")
     return masks
-
-
-def _taken_over(
-    given: Any, unset: Any, stored: dict, name: str, default: Callable[[], Any]
-) -> Any:
-    """A flag's value; on resuming the stored one, which the flag may repeat but not change."""
-    if name not in stored:
-        return default() if given == unset else given
-    if given not in (unset, stored[name]):
-        raise UserError(
-            f"cannot resume with another {name}: the run was started with {stored[name]}, not "
-            f"{given}"
-        )
-    return stored[name]
 
 
 def _changed_circumstances(run: Run, stored: dict) -> list[str]:

@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def resolved_settings(run: Run) -> dict[str, Any]:
     """What was decided at the start and a resumed run takes over."""
     return {
-        "seed": run.options.seed,
+        "seed": run.config.run.seed,
         "pattern": run.config.sparsity.pattern,
         "when": run.config.sparsity.transition_when,
         "max_dense_steps": run.config.sparsity.max_dense_steps,
-        "patience": run.options.patience,
+        "patience": run.config.run.patience,
         "micro_batch_size": run.options.micro_batch_size,
-        "precision": run.options.precision,
+        "precision": run.config.run.precision,
         "backend": run.model.backend,
         "device": run.device.type,
         "processes": run.world.size,

@@ -19,6 +19,7 @@ from training.recording.checkpoint import TrainState
 from training.recording.figures import draw_run, draw_transition
 from training.recording.provenance import begin_session, device_name, record, resolved_settings
 from training.run import Run, StepResult
+from training.settings import SECTIONS
 
 # ---- start -------------------------------------------------------------------------
 
@@ -33,7 +34,7 @@ def run_started(
     config, log, options = run.config, run.log, run.options
     model, training = config.model, config.training
     log.line(
-        f"task {config.task}, seed {options.seed}: {model.num_layers} layers, {model.num_head} "
+        f"task {config.task}, seed {config.run.seed}: {model.num_layers} layers, {model.num_head} "
         f"heads, length "
         f"{model.padded_length}, {model.num_blocks}x{model.num_blocks} blocks of "
         f"{model.block_size}, "
@@ -62,7 +63,7 @@ def run_started(
     micro = options.micro_batch_size
     log.line(
         f"device {device_name(run.device)}, {processes_text(run)}, backend {backend_text(run)}, "
-        f"precision {options.precision}, micro-batch {micro}"
+        f"precision {config.run.precision}, micro-batch {micro}"
     )
     dense, sparse = memory.estimate_bytes(model, training.statistics_groups, micro)
     log.line(
@@ -80,7 +81,7 @@ def run_started(
         "start",
         step=0,
         task=config.task,
-        seed=options.seed,
+        seed=config.run.seed,
         batch_size=training.batch_size,
         num_train_steps=training.num_train_steps,
         skewness=training.skewness,
@@ -98,11 +99,7 @@ def run_started(
 def hyperparameters(run: Run) -> dict[str, Any]:
     """The configuration and what was resolved at the start, flat."""
     config = run.config
-    sections = {
-        "model": config.model.as_dict(),
-        "training": config.training.as_dict(),
-        "sparsity": config.sparsity.as_dict(),
-    }
+    sections = {name: getattr(config, name).as_dict() for name in SECTIONS}
     flat = {f"{name}.{key}": v for name, values in sections.items() for key, v in values.items()}
     return {"task": config.task, **flat, **resolved_settings(run)}
 

@@ -739,7 +739,7 @@ def good_call():
         ({"key_padding_mask": torch.ones(2, 32).bool()}, r"must be bool \[2, 64\] .*\[2, 32\]"),
         ({"pruned": "none"}, 'pruned must be "zero" or "masked", not \'none\''),
         ({"scale": float("inf")}, "scale must be a finite number, not inf"),
-        ({"backend": "gpu"}, "backend must be one of auto, cuda, cpu, reference, not 'gpu'"),
+        ({"backend": "gpu"}, "backend must be one of auto, cuda, triton, cpu, reference, not 'gpu'"),
         (
             dict.fromkeys(("query", "key", "value"), torch.zeros(0, 2, 64, 32)),
             "query is empty",

@@ -739,7 +739,10 @@ def good_call():
         ({"key_padding_mask": torch.ones(2, 32).bool()}, r"must be bool \[2, 64\] .*\[2, 32\]"),
         ({"pruned": "none"}, 'pruned must be "zero" or "masked", not \'none\''),
         ({"scale": float("inf")}, "scale must be a finite number, not inf"),
-        ({"backend": "gpu"}, "backend must be one of auto, cuda, triton, cpu, reference, not 'gpu'"),
+        (
+            {"backend": "gpu"},
+            "backend must be one of auto, cuda, triton, cpu, reference, not 'gpu'",
+        ),
         (
             dict.fromkeys(("query", "key", "value"), torch.zeros(0, 2, 64, 32)),
             "query is empty",
@@ -753,7 +756,9 @@ def test_mistakes(change, message):
 
 def test_available_backends_names_a_reason():
     backends = available_backends()
-    assert list(backends) == ["cuda", "cpu", "reference"] and backends["reference"] is True
+    assert (
+        list(backends) == ["cuda", "triton", "cpu", "reference"] and backends["reference"] is True
+    )
     assert all(reason is True or isinstance(reason, str) for reason in backends.values())
 
 

@@ -1,6 +1,7 @@
 """training/data/: batches, the cache under every fault, and the order of examples."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -125,6 +126,26 @@ def test_reads_what_the_writer_writes(tmp_path):
 
 
 # ---- which cache belongs to which pickle --------------------------------------------------------
+
+
+def test_the_content_hash_is_that_of_the_pickle(path, monkeypatch):
+    """Written, mapped, touched, changed, and kept in memory: never of another file's bytes, and
+    read from the cache alone where nothing has changed."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert dataset.open_dataset(path, **TASK).sha256 == digest
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_content_hash", None)
+        patch.setattr(cache, "write_cache", None)
+        assert dataset.open_dataset(path, **TASK).sha256 == digest
+    os.utime(path)
+    assert dataset.open_dataset(path, **TASK).sha256 == digest
+    make(path, rows(1000)[::-1])
+    changed = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert dataset.open_dataset(path, **TASK).sha256 == changed != digest
+    shutil.rmtree(path.with_name(f"{path.name}.cache"))
+    monkeypatch.setattr(cache, "cache_folders", lambda *_: [])
+    monkeypatch.setattr(dataset, "cache_folders", lambda *_: [])
+    assert dataset.open_dataset(path, **TASK).sha256 == changed
 
 
 def test_a_touched_or_copied_pickle_keeps_its_cache(path, tmp_path):

@@ -17,6 +17,8 @@ from training.settings import TaskConfig
 class MadeUpData:
     """Random ids and labels of a task's shape, for a dry run."""
 
+    sha256 = ""
+
     def __init__(self, config: TaskConfig) -> None:
         self._model = config.model
         self.size = config.training.batch_size

@@ -140,7 +140,7 @@ def open_cache(folder: Path, file: BinaryIO, wanted: Wanted) -> Dataset | None:
             raise wanted.wrong_id(item, key, value)
     if label >= wanted.num_classes:
         raise wanted.wrong_label(label_item, label)
-    return Dataset(arrays, labels)
+    return Dataset(arrays, labels, meta["sha256"])
 
 
 def _map(path: Path) -> np.ndarray:

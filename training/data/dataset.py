@@ -150,7 +150,7 @@ def _read_into_memory(file: BinaryIO, wanted: Wanted) -> Dataset:
         flat = np.frombuffer(f.getbuffer(), column.dtype, offset=NPY_HEADER)
         arrays.append(flat.reshape(column.shape))
     labels = arrays.pop()
-    return Dataset(arrays, labels)
+    return Dataset(arrays, labels, digest.hexdigest())
 
 
 def _available_memory() -> int | None:

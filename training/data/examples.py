@@ -6,11 +6,12 @@ import torch
 
 class Dataset:
     """The examples of one split. Attributes: size, length (N), num_inputs, labels (unsigned array
-    [size])."""
+    [size]), sha256 (hex, of the pickle's bytes: known from when its cache was written)."""
 
-    def __init__(self, ids: list[np.ndarray], labels: np.ndarray):
+    def __init__(self, ids: list[np.ndarray], labels: np.ndarray, sha256: str):
         self._ids = ids
         self.labels = labels
+        self.sha256 = sha256
         self.size, self.length = ids[0].shape
         self.num_inputs = len(ids)
 

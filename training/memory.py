@@ -59,16 +59,19 @@ def keep_freed_memory() -> None:
 
 
 def criterion_bytes(model: ModelConfig, groups: int) -> int:
-    """This step's and the previous step's mean attention, [L, groups, N, N] fp32 each."""
-    return 2 * 4 * model.num_layers * groups * model.padded_length**2
+    """This step's and the previous step's mean attention, [L, groups, N, N] fp32 each, and what is
+    remembered of 20 steps: pooled attention in fp32 and a mask."""
+    remembered = 20 * (4 + 1) * model.num_layers * model.num_blocks**2
+    return 2 * 4 * model.num_layers * groups * model.padded_length**2 + remembered
 
 
 def estimate_bytes(model: ModelConfig, groups: int, micro_batch_size: int) -> tuple[int, int]:
-    """What the dense and the sparse phase take above the interpreter and the libraries,
-    roughly."""
+    """What the dense and the sparse phase take above the interpreter and the libraries, roughly.
+
+    groups: of the mean attention; 0 for a criterion that does not look at it.
+    """
     activations = micro_batch_size * bytes_per_example(model)
-    statistics = criterion_bytes(model, groups) + 4 * model.padded_length**2
-    return activations + statistics, activations
+    return activations + criterion_bytes(model, groups), activations
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -65,7 +65,8 @@ def run_started(
         f"device {device_name(run.device)}, {processes_text(run)}, backend {backend_text(run)}, "
         f"precision {config.run.precision}, micro-batch {micro}"
     )
-    dense, sparse = memory.estimate_bytes(model, training.statistics_groups, micro)
+    groups = training.statistics_groups if run.criterion.needs_mean_attention else 0
+    dense, sparse = memory.estimate_bytes(model, groups, micro)
     log.line(
         f"memory above libraries, estimated: {memory.human(dense)} dense, {memory.human(sparse)} "
         f"sparse; "

@@ -8,6 +8,7 @@ from kernels.fused import (
     dropout_add_layer_norm,
     embedding_dropout_layer_norm,
     gelu_dropout,
+    key_words,
     linear,
     masked_mean,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "embedding_dropout_layer_norm",
     "gelu_dropout",
+    "key_words",
     "linear",
     "masked_mean",
 ]

@@ -111,6 +111,8 @@ def keep_mask(key: DropoutKey, site: int, shape: torch.Size, p: float, device) -
     to 16 lanes come out of one hash that way without a shuffle. (Thanks to key 1 two examples
     whose key 0 lie close together still share nothing.)
     """
+    if key.words is not None:
+        raise RuntimeError("a dropout in plain PyTorch would repeat its mask")
     count, size = shape[0], shape[1:].numel()
     keys = _example_keys(key, site, count, device)
     blocks = -(-size // (2 * _LANES))
@@ -637,12 +639,16 @@ def _triton_drop(x: Tensor, p: float, key: DropoutKey | None) -> Any:
     threshold = dropout_threshold(p)
     if key is None or threshold == 0:
         return module.Drop(x, 0, 1.0)  # type: ignore[union-attr]
-    words = _key_words(key, x.device) if key.words is None else key.words
-    return module.Drop(words, threshold, dropout_scale(p))  # type: ignore[union-attr]
+    return module.Drop(key_words(key, x.device), threshold, dropout_scale(p))  # type: ignore[union-attr]
+
+
+def key_words(key: DropoutKey, device: torch.device) -> Tensor:
+    """int64 [3] on `device`: seed, step and first example."""
+    return _uploaded(key, device) if key.words is None else key.words
 
 
 @functools.lru_cache(maxsize=16)
-def _key_words(key: DropoutKey, device: torch.device) -> Tensor:
+def _uploaded(key: DropoutKey, device: torch.device) -> Tensor:
     words = torch.tensor([key.seed, key.step, key.first_example])
     return words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words
 

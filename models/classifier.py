@@ -98,12 +98,15 @@ class SequenceClassifier(nn.Module):
             return patterns @ patterns.transpose(1, 2)
 
     @property
+    def layouts(self) -> list[BlockLayout | None]:
+        """Of each layer; None in the dense phase."""
+        return [layer.mha.layout for layer in self.model.layers]
+
+    @property
     def block_masks(self) -> Tensor | None:
         """bool [L, nb, nb] on the CPU; None in the dense phase."""
-        layouts = [layer.mha.layout for layer in self.model.layers]
-        if layouts[0] is None:
-            return None
-        return torch.stack([layout.block_mask.cpu() for layout in layouts if layout is not None])
+        masks = [layout.block_mask.cpu() for layout in self.layouts if layout is not None]
+        return torch.stack(masks) if masks else None
 
     def enter_sparse_phase(self, block_masks: Tensor) -> None:
         """Attend to the given blocks only, from now on, and stop learning the pattern. May be

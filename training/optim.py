@@ -61,8 +61,9 @@ class PhaseOptimizer:
         """Of the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def zero_grad(self, keep: bool = False) -> None:
+        """keep: gradients stay where they are in memory: captured graphs add to them there."""
+        self.optimizer.zero_grad(set_to_none=not keep)
 
     def clip(self) -> None:
         nn.utils.clip_grad_value_(self.parameters, GRADIENT_CLIP)

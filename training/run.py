@@ -15,6 +15,7 @@ from sparsity.patterns import PATTERNS
 from sparsity.phases import Phase
 from training.data.examples import Dataset
 from training.distributed import World
+from training.graphs import MicroBatchGraphs
 from training.interrupt import StopSignal
 from training.optim import PhaseOptimizer
 from training.recording.log import NullLog
@@ -57,6 +58,7 @@ class Run:
     initial_scores: Tensor = field(init=False)  # [L, nb, nb], before the first step
     optimizer: PhaseOptimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
+    graphs: MicroBatchGraphs = field(init=False)
     phases: list[Phase] = field(init=False)
     phase_index: int = 0
     phase_began: int = 0  # completed steps when the phase began
@@ -81,6 +83,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.config.run.precision == "fp16"
         )
+        off = "fp16 scales its loss" if self.scaler.is_enabled() else None
+        self.graphs = MicroBatchGraphs(list(self.model.parameters()), off, self.log.line)
 
     def choose(self, observation: Observation) -> Tensor:
         """The blocks that the next sparse phase, or this one, would keep now: bool

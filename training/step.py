@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from kernels import DropoutKey
 from models import StatisticsRequest
@@ -41,6 +43,7 @@ def train_step(run: Run) -> StepResult:
                 ) from None
             run.options.micro_batch_size //= 2
         # outside the handler: the exception's traceback would keep the failed step's tensors alive
+        run.graphs.clear()
         run.optimizer.zero_grad()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -52,7 +55,7 @@ def _train_step(run: Run) -> StepResult:
     dense = run.phase == "dense"
     if dense and run.criterion.needs_mean_attention:
         _reset_mean_attention(run)
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad(keep=run.graphs.captured)
     begin, end = run.world.part(config.batch_size)
     indices = training_indices(
         run.train_data.size,
@@ -69,25 +72,15 @@ def _train_step(run: Run) -> StepResult:
         ids, ids_1, labels = to_device(
             run.train_data.batch(indices[chunk.begin - begin : chunk.end - begin]), run.device
         )
-        with autocast(run.device, run.config.run.precision):
-            output = run.model(
-                ids,
-                ids_1,
-                dropout_key=DropoutKey(run.config.run.seed, run.step, chunk.begin),
-                statistics=_statistics_request(run, chunk) if dense else None,
-            )
+        batch = ids, ids_1, labels
+        key = DropoutKey(run.config.run.seed, run.step, chunk.begin)
         share = len(labels) / config.batch_size
-        loss = F.cross_entropy(output.logits.float(), labels) * share
-        total = loss
         if pooled is not None:
-            pooled.add(output, share)
-            attention = attention_loss(run.model, output, config.attn_loss_scale) * share
-            totals[2] += attention.detach()
-            # only the patterns receive a gradient of it, and theirs is all they receive
-            total = loss + attention.float()
-        run.scaler.scale(total).backward()
-        totals[0] += loss.detach()
-        totals[1] += (output.logits.detach().argmax(-1) == labels).sum()
+            request = _statistics_request(run, chunk)
+            totals += _forward_backward(run, share, *batch, key, request, pooled)
+        else:
+            sparse = partial(_forward_backward, run, share)
+            totals += run.graphs.call(sparse, batch, key, version=(share, *run.model.layouts))
 
     gradients = [p.grad for p in run.optimizer.parameters if p.grad is not None]
     run.world.sum_(gradients)
@@ -124,6 +117,32 @@ def _train_step(run: Run) -> StepResult:
         stop_signal=(run.stop.received or run.stop.default) if signals > 0 else 0,
         seen=pooled.result() if pooled is not None else None,
     )
+
+
+def _forward_backward(
+    run: Run,
+    share: float,
+    ids: Tensor,
+    ids_1: Tensor | None,
+    labels: Tensor,
+    key: DropoutKey,
+    request: StatisticsRequest | None = None,
+    pooled: Pooled | None = None,
+) -> Tensor:
+    """Adds a micro-batch's gradients; its share of loss, of correct answers and of the attention
+    loss, [3] float64. request, pooled: in the dense phase."""
+    with autocast(run.device, run.config.run.precision):
+        output = run.model(ids, ids_1, dropout_key=key, statistics=request)
+    loss = F.cross_entropy(output.logits.float(), labels) * share
+    total, attention = loss, loss.new_zeros(())
+    if pooled is not None:
+        pooled.add(output, share)
+        attention = attention_loss(run.model, output, run.config.training.attn_loss_scale) * share
+        # only the patterns receive a gradient of it, and theirs is all they receive
+        total = loss + attention.float()
+    run.scaler.scale(total).backward()
+    correct = (output.logits.detach().argmax(-1) == labels).sum()
+    return torch.stack([loss.detach().double(), correct.double(), attention.detach().double()])
 
 
 def _reset_mean_attention(run: Run) -> None:

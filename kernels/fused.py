@@ -754,8 +754,9 @@ def embedding_dropout_layer_norm(
         return _EmbedNorm.apply(
             ids, word_table, position_table, norm_weight, norm_bias, eps, drop, norm_dtype
         )
-    triton_layer = _in_triton(backend, word_table, word_table.shape[1])
-    if triton_layer and len(word_table) <= triton_layer.MAX_WORDS:
+    V, E = word_table.shape
+    triton_layer = _in_triton(backend, word_table, E)
+    if triton_layer and V <= triton_layer.MAX_WORDS and E <= triton_layer.MAX_EMBEDDING:
         return triton_layer.EmbedNorm.apply(
             ids, word_table, position_table, norm_weight, norm_bias, eps,
             _triton_drop(word_table, p, key), site, norm_dtype,
@@ -796,6 +797,12 @@ def dropout_add_layer_norm(
     if _use_cpu(backend, x, types in _TYPES and _compiled_widths(x.shape[-1])):
         drop = _drop(p, key, site)
         return _AddNorm.apply(x, branch, norm_weight, norm_bias, eps, drop, norm_dtype)
+    triton_layer = _in_triton(backend, x, x.shape[-1])
+    if triton_layer and x.dtype == torch.promote_types(x.dtype, branch.dtype):
+        drop = _triton_drop(x, p, key)
+        return triton_layer.AddNorm.apply(
+            x, branch, norm_weight, norm_bias, eps, drop, site, norm_dtype
+        )
     y = _wide(x) + _dropout(_wide(branch), p, key, site)
     y = y.to(torch.promote_types(x.dtype, branch.dtype))
     return y, _layer_norm(y, norm_weight, norm_bias, eps)
@@ -810,6 +817,8 @@ def gelu_dropout(
     """
     if _use_cpu(backend, x, x.dtype in _TYPE):
         return _GeluDropout.apply(x, _drop(p, key, site))
+    if x.numel() and (triton_layer := _in_triton(backend, x)):
+        return triton_layer.GeluDropout.apply(x, _triton_drop(x, p, key), site)
     return _dropout(F.gelu(_wide(x)), p, key, site).to(x.dtype)
 
 

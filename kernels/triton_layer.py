@@ -26,10 +26,12 @@ from torch import Tensor
 
 DEVICE = "cuda"  # the tests run the same kernels on CPU tensors, in Triton's interpreter
 PROGRAMS = 264  # two for each multiprocessor of an H100; fixed, as sums depend on it
-MAX_WIDTH = 256
+TILE = 4096  # elements of a tile where no product is taken
+MAX_WIDTH = TILE
 MAX_WEIGHTS = 20480  # elements of a layer's three weights, whose gradients stay in registers
 WORDS_IN_REGISTERS = 16384  # elements; larger tables are gone through several times
 MAX_WORDS = 2048
+MAX_EMBEDDING = 256
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -82,19 +84,27 @@ def _example_keys(words, site, example):
 
 
 @triton.jit
-def _dropout(x, words, site, tokens, length, threshold, scale, WIDTH: tl.constexpr):
-    """x [M, WIDTH] of `tokens` [M], as fused.keep_mask has it; a threshold of 0 keeps all."""
-    key0, key1 = _example_keys(words, site, tokens // length)
-    element = ((tokens % length)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]).to(tl.uint32)
-    word = ((element >> 5) << 4) + (element & 15) + key0[:, None]
+def _kept(element, key0, key1, threshold):
+    """Whether elements of an example are kept."""
+    element = element.to(tl.uint32)
+    word = ((element >> 5) << 4) + (element & 15) + key0
     word ^= word >> 16
     word *= 0x7FEB352D
-    word ^= key1[:, None]
+    word ^= key1
     word ^= word >> 15
     word *= 0x846CA68B
     word ^= word >> 16
     bits = tl.where((element & 16) != 0, word >> 16, word & 0xFFFF)
-    return tl.where(bits >= threshold.to(tl.uint32), x * scale, 0.0)
+    return bits >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _dropout(x, words, site, tokens, length, threshold, scale, WIDTH: tl.constexpr):
+    """x [M, WIDTH] of `tokens` [M], as fused.keep_mask has it; a threshold of 0 keeps all."""
+    key0, key1 = _example_keys(words, site, tokens // length)
+    element = (tokens % length)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    kept = _kept(element, key0[:, None], key1[:, None], threshold)
+    return tl.where(kept, x * scale, 0.0)
 
 
 @triton.jit
@@ -423,6 +433,76 @@ def layer_backward(
     _put_vector(to + 2 * E, of_next_b, E)
 
 
+@triton.jit(do_not_specialize=["site", "threshold"])
+def add_norm_forward(
+    x_in, branch_in, weight, bias, key, y_out, normed_out,
+    tokens_in_all, length, site, threshold, scale, eps,
+    M: tl.constexpr, E: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * M
+    tokens = first + tl.arange(0, M)
+    there = tokens < tokens_in_all
+    at = _tile(first, M, E)
+    branch = _rows(branch_in, at, there).to(tl.float32)
+    if DROPOUT:
+        branch = _dropout(branch, key, site, tokens, length, threshold, scale, E)
+    y = _rows(x_in, at, there).to(tl.float32) + branch
+    _put(y_out, at, y, there)
+    normal, _ = _normalise(y, eps, E)
+    normed = normal * _vector(weight, E)[None, :] + _vector(bias, E)[None, :]
+    _put(normed_out, at, normed, there)
+
+
+@triton.jit(do_not_specialize=["site", "threshold"])
+def add_norm_backward(
+    y_in, dy_in, dnormed_in, weight, key, dx_out, dbranch_out, dparameters,
+    tokens_in_all, length, site, threshold, scale, eps,
+    M: tl.constexpr, E: tl.constexpr, DROPOUT: tl.constexpr, DY: tl.constexpr,
+):  # fmt: skip
+    gamma = _vector(weight, E)
+    of_weight, of_bias = tl.zeros((E,), tl.float32), tl.zeros((E,), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(tokens_in_all, M), tl.num_programs(0)):
+        first = tile * M
+        tokens = first + tl.arange(0, M)
+        there = tokens < tokens_in_all
+        at = _tile(first, M, E)
+        dnormed = _rows(dnormed_in, at, there).to(tl.float32)
+        normal, inverse = _normalise(_rows(y_in, at, there).to(tl.float32), eps, E)
+        of_weight += tl.sum(dnormed * normal, 0)
+        of_bias += tl.sum(dnormed, 0)
+        dx = _normalise_backward(dnormed, gamma, normal, inverse, E)
+        if DY:
+            dx += _rows(dy_in, at, there).to(tl.float32)
+        _put(dx_out, at, dx, there)
+        if DROPOUT:
+            dx = _dropout(dx, key, site, tokens, length, threshold, scale, E)
+        _put(dbranch_out, at, dx, there)
+    dparameters += tl.program_id(0) * 2 * E
+    _put_vector(dparameters, of_weight, E)
+    _put_vector(dparameters + E, of_bias, E)
+
+
+@triton.jit(do_not_specialize=["site", "threshold"])
+def gelu(
+    x_in, dout_in, key, out, size, site, threshold, scale,
+    SIZE: tl.constexpr, DROPOUT: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Program (i, b): elements i SIZE .. (i + 1) SIZE of the `size` of example b."""
+    element = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    at = tl.program_id(1).to(tl.int64) * size + element
+    x = tl.load(x_in + at, mask=element < size, other=0.0).to(tl.float32)
+    y = _normal_distribution(x)
+    if BACKWARD:
+        y += x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+        y *= tl.load(dout_in + at, mask=element < size, other=0.0).to(tl.float32)
+    else:
+        y *= x
+    if DROPOUT:
+        key0, key1 = _example_keys(key, site, tl.program_id(1))
+        y = tl.where(_kept(element, key0, key1, threshold), y * scale, 0.0)
+    tl.store(out + at, _to(y, out.dtype.element_ty), mask=element < size)
+
+
 @triton.jit
 def mean_forward(x_in, mask, out, length, M: tl.constexpr, E: tl.constexpr):
     """Program b: example b."""
@@ -610,6 +690,71 @@ class Layer(torch.autograd.Function):
         return dx, dattended, None, None, None, *_sum_of_programs(partial, parameters)
 
 
+class AddNorm(torch.autograd.Function):
+    """fused.dropout_add_layer_norm; keeps y."""
+
+    @staticmethod
+    def forward(ctx, x, branch, weight, bias, eps, drop, site, norm_dtype):
+        x, branch = x.contiguous(), branch.contiguous()
+        B, N, E = x.shape
+        y, normed = torch.empty_like(x), torch.empty_like(x, dtype=norm_dtype)
+        M = max(1, TILE // E)
+        launch(
+            add_norm_forward, (triton.cdiv(B * N, M),),
+            x, branch, weight, bias, drop.words, y, normed,
+            B * N, N, site, drop.threshold, drop.scale, eps,
+            M=M, E=E, DROPOUT=drop.threshold > 0,
+        )  # fmt: skip
+        ctx.save_for_backward(y, weight, bias, drop.words)
+        ctx.rest = eps, drop.threshold, drop.scale, site, branch.dtype, norm_dtype
+        ctx.set_materialize_grads(False)
+        return y, normed
+
+    @staticmethod
+    def backward(ctx, dy, dnormed):
+        _refuse_twice()
+        y, weight, bias, key = ctx.saved_tensors
+        eps, threshold, scale, site, branch_dtype, norm_dtype = ctx.rest
+        B, N, E = y.shape
+        dx, dbranch = torch.empty_like(y), torch.empty_like(y, dtype=branch_dtype)
+        M = max(1, TILE // E)
+        grid = _walk(B * N, M)
+        partial = y.new_empty(*grid, 2 * E, dtype=torch.float32)
+        launch(
+            add_norm_backward, grid,
+            y, y if dy is None else dy.contiguous(), _dense(dnormed, y, norm_dtype), weight, key,
+            dx, dbranch, partial, B * N, N, site, threshold, scale, eps,
+            M=M, E=E, DROPOUT=threshold > 0, DY=dy is not None,
+        )  # fmt: skip
+        return dx, dbranch, *_sum_of_programs(partial, [weight, bias]), None, None, None, None
+
+
+class GeluDropout(torch.autograd.Function):
+    """fused.gelu_dropout; keeps x."""
+
+    @staticmethod
+    def forward(ctx, x, drop, site):
+        x = x.contiguous()
+        ctx.save_for_backward(x, drop.words)
+        ctx.rest = site, drop.threshold, drop.scale
+        return _gelu(False, x, x, drop.words, *ctx.rest)
+
+    @staticmethod
+    def backward(ctx, dout):
+        _refuse_twice()
+        x, key = ctx.saved_tensors
+        return _gelu(True, x, dout.contiguous(), key, *ctx.rest), None, None
+
+
+def _gelu(backward: bool, x, dout, key, site, threshold, scale) -> Tensor:
+    out, size = torch.empty_like(x), x.numel() // x.shape[0]
+    launch(
+        gelu, (triton.cdiv(size, TILE), x.shape[0]), x, dout, key, out, size, site, threshold,
+        scale, SIZE=TILE, DROPOUT=threshold > 0, BACKWARD=backward,
+    )  # fmt: skip
+    return out
+
+
 class MaskedMean(torch.autograd.Function):
     """fused.masked_mean; keeps the mask."""
 
@@ -618,7 +763,7 @@ class MaskedMean(torch.autograd.Function):
         x, ctx.mask, ctx.dtype = x.contiguous(), mask.contiguous(), x.dtype
         B, N, E = x.shape
         out = x.new_empty(B, E, dtype=torch.float32)
-        launch(mean_forward, (B,), x, ctx.mask, out, N, M=64, E=E)
+        launch(mean_forward, (B,), x, ctx.mask, out, N, M=max(1, TILE // E), E=E)
         return out
 
     @staticmethod
@@ -626,5 +771,6 @@ class MaskedMean(torch.autograd.Function):
         _refuse_twice()
         dout, (B, N), E = dout.contiguous(), ctx.mask.shape, dout.shape[1]
         dx = dout.new_empty(B, N, E, dtype=ctx.dtype)
-        launch(mean_backward, (triton.cdiv(B * N, 64),), dout, ctx.mask, dx, B * N, N, M=64, E=E)
+        M = max(1, TILE // E)
+        launch(mean_backward, (triton.cdiv(B * N, M),), dout, ctx.mask, dx, B * N, N, M=M, E=E)
         return dx, None

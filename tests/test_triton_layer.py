@@ -25,7 +25,9 @@ from test_fused import (
 from kernels.fused import (
     attention_output_feed_forward,
     attention_projections,
+    dropout_add_layer_norm,
     embedding_dropout_layer_norm,
+    gelu_dropout,
     keep_mask,
     masked_mean,
 )
@@ -36,6 +38,13 @@ from kernels import triton_layer
 
 if not triton_layer.INTERPRETED:
     pytest.skip("Triton compiles here: it was imported before the tests", allow_module_level=True)
+
+
+FUSED = {
+    "embedding": "EmbedNormBackward",
+    "add": "AddNormBackward",
+    "gelu": "GeluDropoutBackward",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +63,13 @@ def products(request):
     "shape", [{}, {"b": 1, "n": 1}, {"b": 2, "n": 70, "e": 32, "v": 3}], ids=str
 )
 @pytest.mark.parametrize("types", TYPES)
-def test_embedding_against_float64(types, shape):
+@pytest.mark.parametrize("name", FUSED)
+def test_against_float64(name, types, shape):
     t = typed(types, **shape)
-    got, plain = (run("embedding", t, types, 0.1, name) for name in ("triton", "reference"))
-    assert got["out 0"].grad_fn.name() == "EmbedNormBackward"
+    got, plain = (run(name, t, types, 0.1, backend) for backend in ("triton", "reference"))
+    assert got["out 0"].grad_fn.name() == FUSED[name]
     wide = {k: v if k == "ids" else v.detach().double().requires_grad_() for k, v in t.items()}
-    exact = by_hand("embedding", wide, 0.1)
+    exact = by_hand(name, {**wide, "x": wide["branch"]} if name == "gelu" else wide, 0.1)
     want = {f"out {i}": out for i, out in enumerate(exact)} | gradients(exact, wide)
     compare(got, plain, want, 4, TYPES[types][1])
 
@@ -115,12 +125,17 @@ def test_masked_mean(dtype):
 
 @pytest.mark.parametrize("p", [0.1, 0.999])
 def test_masks_are_the_cpu_s(p):
-    """All four dropouts, bit by bit."""
+    """Of every dropout, bit by bit."""
     shape, width = (3, 70, 32), 64
     norm, options = (torch.ones(32), torch.zeros(32)), {"p": p, "key": KEY, "backend": "triton"}
     ids, zeros = torch.zeros(3, 70, dtype=torch.int64), torch.zeros(*shape)
     x, _ = embedding_dropout_layer_norm(ids, torch.ones(1, 32), zeros[0], *norm, site=9, **options)
     assert torch.equal(x != 0, keep_mask(KEY, 9, x.shape, p, "cpu"))
+    y, _ = dropout_add_layer_norm(zeros, zeros + 1, *norm, site=9, **options)
+    assert torch.equal(y != 0, x != 0)
+    for size in (1, 33, 5000):
+        wide = gelu_dropout(torch.ones(3, size), site=9, **options)
+        assert torch.equal(wide != 0, keep_mask(KEY, 9, wide.shape, p, "cpu"))
 
     def layer(output_bias, expand_bias, contract):
         parameters = (
@@ -161,11 +176,17 @@ def test_missing_gradients_count_as_zero():
             torch.testing.assert_close(results[0][key], want, rtol=1e-4, atol=1e-4)
 
 
-def test_other_widths_and_types_are_left_to_torch():
-    x, attended, parameters = layer_inputs(torch.float32, torch.float32, "other widths")
-    got = layer_ours("triton")(x[:, :3], attended[:, :3], parameters)
-    want = layer_ours("reference")(x[:, :3], attended[:, :3], parameters)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+def test_wide_layers_fall_apart_into_their_parts():
+    """Widths whose gradients would not fit into registers; widths that are no powers of two."""
+    generator = torch.Generator().manual_seed(0)
+    for E, name in ((256, "AddNormBackward"), (48, "AddBackward0")):
+        x = torch.randn(2, 3, E, generator=generator, requires_grad=True)
+        square, norm = (torch.eye(E), torch.zeros(E)), (torch.ones(E), torch.zeros(E))
+        parameters = square, norm, square, square, norm
+        got, want = (layer_ours(name)(x, x, parameters) for name in ("triton", "reference"))
+        assert got[0].grad_fn.name() == name
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_foreign_id_gives_nan():

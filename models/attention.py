@@ -139,14 +139,13 @@ class Attention(nn.Module):
         # attention to ones gives the sum of a row's probabilities: what real values get
         ones = torch.ones_like(value)
         used = kernels.block_sparse_attention(query, key, ones, self.layout, **given)[..., 0]
-        rows = used.new_ones(used.shape[0], used.shape[2], dtype=torch.float64)
+        of_rows, dense, error = used.double().mean(1), dense.float(), out.float() - dense.float()
         if mask is not None:
-            rows = real_row_weights(mask).double()
-        real = (rows > 0)[:, None, :, None]
-        error = (out.double() - dense.double()) * real
+            of_rows = of_rows * real_row_weights(mask)
+            dense, error = (x.mul_(mask[:, None, :, None]) for x in (dense, error))
         return AttentionProbe(
             pooled_real=pooled,
-            used_mass=(used.double().mean(1) * rows).mean(),
-            squared_error=error.square().sum(),
-            squared_norm=(dense.double() * real).square().sum(),
+            used_mass=of_rows.mean(),
+            squared_error=torch.linalg.vector_norm(error, dtype=torch.float64) ** 2,
+            squared_norm=torch.linalg.vector_norm(dense, dtype=torch.float64) ** 2,
         )

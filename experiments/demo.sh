@@ -21,6 +21,6 @@ echo "== inference"
 "$PYTHON" main_inference.py --mode eval $run
 logs=$out/logs/log-0/lra-listops
 echo "== where to look next"
-echo "pictures of the run: $logs/train.sat.png and $logs/train.sat.transition.png"
+echo "report of the run: $logs/train.sat.html"
 echo "its numbers: $logs/sat.metrics.jsonl and $logs/sat.run.json; tensorboard --logdir $logs"
 echo "a real task: python preprocess/create_cifar10.py && python main_learnable_skewness.py --mode train"

@@ -9,7 +9,8 @@ import torch
 
 from training import loop, memory
 from training.data.examples import Dataset
-from training.recording import provenance, words
+from training.recording import provenance
+from training.recording.page import duration
 from training.run import Run
 from training.settings import TaskConfig
 
@@ -69,15 +70,15 @@ def dry_run(run: Run) -> int:
         phase: provenance.flops(run.config.model, training.batch_size, phase)["step"]
         for phase in seconds
     }
-    for phase, duration in seconds.items():
+    for phase, took in seconds.items():
         print(
-            f"{phase} step: {duration * 1e3:,.0f} ms, {flops[phase] / 1e9:,.1f} GFLOP, "
-            f"{flops[phase] / duration / 1e9:,.1f} GFLOP/s"
+            f"{phase} step: {took * 1e3:,.0f} ms, {flops[phase] / 1e9:,.1f} GFLOP, "
+            f"{flops[phase] / took / 1e9:,.1f} GFLOP/s"
         )
     steps = training.num_train_steps
     print(
-        f"all {steps:,} steps: {words.duration(steps * seconds['sparse'])} sparse, "
-        f"{words.duration(steps * seconds['dense'])} dense; "
+        f"all {steps:,} steps: {duration(steps * seconds['sparse'])} sparse, "
+        f"{duration(steps * seconds['dense'])} dense; "
         f"a run lies between, by when it switches (evaluation not counted)"
     )
     print(

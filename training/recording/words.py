@@ -5,9 +5,10 @@ Called by the loop at fixed places; decides nothing.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
@@ -16,7 +17,8 @@ from sparsity.observe import Observation, Values, describe_masks
 from training import memory
 from training.evaluation import Evaluation
 from training.recording.checkpoint import TrainState
-from training.recording.figures import draw_run, draw_transition
+from training.recording.figures import draw_blocks, save_png
+from training.recording.page import duration, write_run_page
 from training.recording.provenance import begin_session, device_name, record, resolved_settings
 from training.run import Run, StepResult
 from training.settings import SECTIONS
@@ -261,6 +263,7 @@ def transition_done(run: Run, reason: str, observation: Observation, masks: Tens
                 f"  layer {layer} keeps {kept:.1%} of the attention in "
                 f"{mask.double().mean():.1%} of the blocks; the best blocks hold {best:.1%}"
             )
+    scores, chosen = observation.pattern_scores, _chosen(masks, attention)
     log.event(
         "transition",
         step=run.step,
@@ -268,21 +271,71 @@ def transition_done(run: Run, reason: str, observation: Observation, masks: Tens
         reason=reason,
         seconds=run.seconds,
         density=density,
-        active_blocks=[int(mask.sum()) for mask in masks],
         **values,
+        **chosen,
+        pattern_scores=for_pictures(scores),
     )
     if not run.world.is_main or run.paths is None:
         return
     log.line(f"block masks: {run.paths.masks}")
-    picture = None if attention is None else attention.numpy()
-    if run.mean_attention is not None:
-        picture = run.mean_attention.mean(dim=1).cpu().numpy()
     path = run.paths.log.with_suffix(".transition.png")
-    pixels = draw_transition(
-        path, picture, observation.pattern_scores.numpy(), masks.numpy(), run.step
-    )
-    log.image(run.step, "transition", pixels)
-    log.line(f"picture of mean attention and kept blocks: {path}")
+
+    if run.mean_attention is not None:  # shows what lies within the blocks
+        attention = reduced(run.mean_attention.mean(dim=1), 256).cpu()
+
+    def draw() -> None:
+        title = f"transition after step {run.step}"
+        kept = chosen["kept_blocks"]
+        figure = draw_blocks(masks.shape[-1], attention, scores, kept, title)
+        log.image(run.step, "transition", save_png(figure, path))
+
+    _decorate(run, f"picture of attention and kept blocks: {path}", draw)
+
+
+def _chosen(masks: Tensor, attention: Tensor | None) -> dict[str, Any]:
+    """What events say of a choice of blocks, and what the report pictures of it."""
+    kept_blocks = [mask.flatten().nonzero().flatten().tolist() for mask in masks]
+    return {
+        "active_blocks": [len(blocks) for blocks in kept_blocks],
+        "kept_blocks": kept_blocks,
+        "num_blocks": masks.shape[-1],
+        "pooled": for_pictures(attention),
+    }
+
+
+def reduced(matrices: Tensor, size: int) -> Tensor:
+    """[L, n, n] averaged down to at most `size` rows and columns, by a whole factor."""
+    factor = -(-matrices.shape[-1] // size)
+    while matrices.shape[-1] % factor:
+        factor += 1
+    return F.avg_pool2d(matrices[:, None], factor)[:, 0]
+
+
+def for_pictures(matrices: Tensor | None) -> list | None:
+    """[L, n, n] as lists for metrics.jsonl, at most 64 rows and columns of three digits."""
+    if matrices is None:
+        return None
+    rows = reduced(matrices.float(), 64).tolist()
+    return [[[float(f"{value:.3g}") for value in row] for row in layer] for layer in rows]
+
+
+def _still_dense(run: Run) -> dict[str, Any]:
+    """What a run that never switched says and shows of its attention."""
+    if run.phase != "dense":
+        return {}
+    pooled = for_pictures(run.observer.smoothed)
+    num_blocks = run.config.model.num_blocks
+    return {"outlook": run.criterion.outlook(), "num_blocks": num_blocks, "pooled": pooled}
+
+
+def _decorate(run: Run, what: str, make: Callable[[], None]) -> None:
+    """Makes what nothing depends on: if it fails, for whatever reason, training goes on."""
+    try:
+        make()
+    except Exception as error:
+        run.log.line(f"could not make the {what} ({type(error).__name__}: {error})")
+    else:
+        run.log.line(what)
 
 
 def reselection_done(run: Run, observation: Observation, before: Tensor, masks: Tensor) -> None:
@@ -307,6 +360,7 @@ def reselection_done(run: Run, observation: Observation, before: Tensor, masks: 
         kept_mass_before=old["kept_mass"],
         seconds=run.seconds,
         **new,
+        **_chosen(masks, observation.pooled),
     )
 
 
@@ -374,6 +428,7 @@ def run_finished(run: Run, result: Evaluation, tested: TrainState) -> None:
         accuracy=result.accuracy,
         seconds=run.seconds,
         peak_memory_bytes=memory.peak_bytes(run.device),
+        **_still_dense(run),
     )
     record(
         run,
@@ -395,18 +450,11 @@ def run_finished(run: Run, result: Evaluation, tested: TrainState) -> None:
     if not run.world.is_main or run.paths is None:
         return
     run.log.sync()
-    records = [json.loads(line) for line in run.paths.metrics.read_text().splitlines()]
-    picture = run.paths.log.with_suffix(".png")
-    training = run.config.training
-    draw_run(picture, records, training.skewness, training.distance)
-    run.log.line(f"picture of the run: {picture}")
+    paths, page = run.paths, run.paths.log.with_suffix(".html")
+    _decorate(
+        run,
+        f"report of the run: {page}",
+        lambda: write_run_page(paths.metrics, paths.run_json, page),
+    )
     run.log.line(f"numbers: {run.paths.metrics}, {run.paths.run_json}")
     run.log.line(f"curves: tensorboard --logdir {run.paths.tensorboard}")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    for unit, size in (("s", 1), ("min", 60)):
-        if seconds < 100 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 3600:.1f} h"

@@ -6,26 +6,23 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 
 from preprocess.sources import Fault, Member
 
 # ---- bytes: id = byte + 1, 0 pads ---------------------------------------------------------------
 
 
-def encode_bytes(text: bytes, *, max_ids: int, length: int) -> np.ndarray:
+def encode_bytes(max_ids: int, length: int, text: bytes) -> np.ndarray:
     """Ids of a text: its first `max_ids` bytes plus one each, then zeros.
 
     Args:
-        text: raw bytes, any values; nothing is decoded, so a cut may fall inside a multi-byte
-            character and invalid UTF-8 passes through.
         max_ids: how many bytes are kept at most.
         length: padded length of the model, at least max_ids.
+        text: raw bytes, any values; nothing is decoded, so a cut may fall inside a multi-byte
+            character and invalid UTF-8 passes through.
     Returns: int32 [length]; 1..256 at the text (a NUL byte is id 1), 0 behind it.
     Source: docs/data.md, "Byte encoding"; the ids equal the reference's over all 256 byte values.
     """
-    if not 0 <= max_ids <= length:
-        raise ValueError(f"max_ids {max_ids} does not fit the padded length {length}")
     ids = np.zeros(length, dtype=np.int32)
     count = min(len(text), max_ids)
     np.add(np.frombuffer(text, dtype=np.uint8, count=count), 1, out=ids[:count], dtype=np.int32)
@@ -37,16 +34,15 @@ def text(max_ids: int, keep_empty: bool = True) -> Callable[[argparse.Namespace]
 
     keep_empty: an empty text is an example (padding only, as TFDS has it), not a fault.
     """
-    return lambda options: functools.partial(
-        _text,
-        max_ids=min(max_ids, options.padded_length),
-        length=options.padded_length,
-        keep_empty=keep_empty,
-    )
+    return lambda options: functools.partial(_text, *_sizes(options, max_ids), keep_empty)
 
 
-def _text(text: bytes, *, max_ids: int, length: int, keep_empty: bool):
-    ids = encode_bytes(text, max_ids=max_ids, length=length)
+def _sizes(options: argparse.Namespace, max_ids: int) -> tuple[int, int]:
+    return min(max_ids, options.padded_length), options.padded_length
+
+
+def _text(max_ids: int, length: int, keep_empty: bool, text: bytes):
+    ids = encode_bytes(max_ids, length, text)
     if not text:
         if not keep_empty:
             raise Fault("the text is empty")
@@ -60,13 +56,11 @@ def _text(text: bytes, *, max_ids: int, length: int, keep_empty: bool):
 
 def text_pair(max_ids: int) -> Callable[[argparse.Namespace], Callable]:
     """Encoder of a Task whose payloads are (text, text)."""
-    return lambda options: functools.partial(
-        _pair, max_ids=min(max_ids, options.padded_length), length=options.padded_length
-    )
+    return lambda options: functools.partial(_pair, *_sizes(options, max_ids))
 
 
-def _pair(texts: tuple[bytes, bytes], *, max_ids: int, length: int) -> list[np.ndarray]:
-    return [encode_bytes(text, max_ids=max_ids, length=length) for text in texts]
+def _pair(max_ids: int, length: int, texts: tuple[bytes, bytes]) -> list[np.ndarray]:
+    return [encode_bytes(max_ids, length, texts[0]), encode_bytes(max_ids, length, texts[1])]
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -103,6 +97,8 @@ def picture(payload: bytes | Member, decode: Callable, largest: int | None = Non
 
 def picture_of(data: bytes, decode: Callable, formats: list[str] | None = None) -> np.ndarray:
     """decode(open picture) of a picture file's bytes. Raises Fault."""
+    from PIL import Image  # tasks of texts do without
+
     if not data:
         raise Fault("the picture file is empty", always=True)
     try:

@@ -149,9 +149,7 @@ class SplitWriter:
             file.truncate(0)
         return file
 
-    def add(
-        self, *, input_ids_0: np.ndarray, label, input_ids_1: np.ndarray | None = None
-    ) -> None:
+    def add(self, input_ids_0: np.ndarray, label, input_ids_1: np.ndarray | None = None) -> None:
         """One example: int32 arrays of the padded length; label np.int64, np.int32 or int."""
         self._add(_example(input_ids_0, label, input_ids_1))
 

@@ -157,9 +157,9 @@ TWICE = {f"{top}{n}": d for n, d in reviews().items() for top in ("aclImdb/", "a
 LEAKED = reviews() | {f"test/pos/{i}_1.txt": b"train pos %d" % i for i in range(4)}
 EMPTY = {f"train/neg/{i}_1.txt": b"" for i in range(3)}
 WRONG = {
-    "cut": (ALMOST, "lra-text has 19, 8 examples (train, test), known are 20, 8: the source"),
-    "holds itself": (TWICE, "has 40, 16 examples (train, test), known are 20, 8"),
-    "larger": (reviews(22), "has 22, 8 examples (train, test), known are 20, 8"),
+    "cut": (ALMOST, "lra-text has 19 / 8 examples, known are 20 / 8 (train, test): the source"),
+    "holds itself": (TWICE, "has 40 / 16 examples, known are 20 / 8"),
+    "larger": (reviews(22), "has 22 / 8 examples, known are 20 / 8"),
     "leaked": (LEAKED, "4 of 8 examples of test are in train too"),
     "many skipped": (reviews() | EMPTY, "3 of 28 examples had to be skipped"),
 }

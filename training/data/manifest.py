@@ -114,4 +114,6 @@ def describe(folder, stem: str) -> list[str]:
     lines = [", ".join([f"data of {stem}: {counts} examples", *facts["about"]])]
     if facts["trial"]:
         lines.append(f"this is a trial set, not the whole data of {stem}: {facts['trial']}")
-    return lines + [text for text in facts["warnings"] if text != facts["trial"]]
+    return lines + [
+        text for text in facts["warnings"] if facts["trial"] not in text or not facts["trial"]
+    ]

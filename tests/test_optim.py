@@ -22,7 +22,9 @@ def schedule(config, phase="dense", steps=None):
 
 
 def test_one_cycle_from_a_25th_up_and_down_to_a_250000th():
-    config = build_config("lra-image", Config["lra-image"], train_steps=1000)[0].training
+    config = build_config(
+        "lra-image", Config["lra-image"], flags={"training.num_train_steps": 1000}
+    )[0].training
     rates, betas = schedule(config)
     peak = config.learning_rate
     assert rates[0] == pytest.approx(peak / 25)
@@ -36,13 +38,17 @@ def test_one_cycle_from_a_25th_up_and_down_to_a_250000th():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 15])
 def test_very_short_schedules(steps):
-    config = build_config("lra-image", Config["lra-image"], train_steps=steps)[0].training
+    config = build_config(
+        "lra-image", Config["lra-image"], flags={"training.num_train_steps": steps}
+    )[0].training
     rates, _ = schedule(config, steps=steps + 2)  # beyond its end it stays
     assert all(0 < rate <= config.learning_rate * 1.0001 for rate in rates)
 
 
 def test_the_sparse_phase_is_constant_at_half_the_rate():
-    config = build_config("lra-image", Config["lra-image"], train_steps=50)[0].training
+    config = build_config(
+        "lra-image", Config["lra-image"], flags={"training.num_train_steps": 50}
+    )[0].training
     rates, betas = schedule(config, "sparse")
     assert set(rates) == {0.001} and set(betas) == {0.9}
 

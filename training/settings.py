@@ -18,7 +18,6 @@ from sparsity import CRITERIA, PATTERNS, Criterion
 from sparsity.phases import Phase, plan
 from training.errors import UserError
 
-SECTIONS = ("model", "training", "sparsity", "run")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -73,10 +72,6 @@ class TrainingConfig:
                 f"not {self.statistics_groups}: the batch is split into that many parts for the "
                 f"criterion"
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields: a dict that builds this object again."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -155,10 +150,6 @@ class SparsityConfig:
         if (self.pattern == "given") != (self.masks is not None):
             raise UserError("--pattern given and --masks FILE go together")
 
-    def as_dict(self) -> dict[str, Any]:
-        """All fields: a dict that builds this object again."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -181,10 +172,6 @@ class RunConfig:
             )
         if self.patience is not None and self.patience < 1:
             raise UserError(f"--patience must be at least 1, not {self.patience}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields: a dict that builds this object again."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -216,12 +203,14 @@ class TaskConfig:
         """Plain nested dict, as saved in checkpoints and run.json."""
         return {
             "task": self.task,
-            "model": self.model.as_dict(),
-            "training": self.training.as_dict(),
             "num_eval_examples": self.num_eval_examples,
-            "sparsity": self.sparsity.as_dict(),
-            "run": self.run.as_dict(),
+            **{name: self.section(name) for name in SECTIONS},
         }
+
+    def section(self, name: str) -> dict[str, Any]:
+        """The settings of a section, as --set names them."""
+        values = getattr(self, name)
+        return {f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.init}
 
     def phases(self) -> list[Phase]:
         """The parts of a run, in order."""
@@ -238,36 +227,30 @@ class TaskConfig:
     def new_criterion(self) -> Criterion:
         """The criterion that ends the dense phase, with its thresholds."""
         cls = CRITERIA[self.sparsity.transition_when]
-        settings = {**self.training.as_dict(), **self.sparsity.as_dict()}
+        settings = self.section("training") | self.section("sparsity")
         return cls(**{name: settings[name] for name in cls.options})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TaskConfig:
         """Inverse of `as_dict`."""
-        return cls(
-            task=values["task"],
-            model=_model_config(values["model"]),
-            training=TrainingConfig(**_checked(TrainingConfig, "training", values["training"])),
-            num_eval_examples=values["num_eval_examples"],
-            # checkpoints of before these sections were there
-            sparsity=SparsityConfig(
-                **_checked(SparsityConfig, "sparsity", values.get("sparsity", {}))
-            ),
-            run=RunConfig(**_checked(RunConfig, "run", values.get("run", {}))),
-        )
+        # checkpoints of before a section was there have its defaults
+        sections = {name: _section(name, values.get(name, {})) for name in SECTIONS}
+        return cls(values["task"], num_eval_examples=values["num_eval_examples"], **sections)
 
 
-def _checked(cls: type, section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "training": TrainingConfig,
+    "sparsity": SparsityConfig,
+    "run": RunConfig,
+}
+
+
+def _section(name: str, values: Mapping[str, Any]) -> Any:
+    """A section's checked object."""
     try:
-        return checked_fields(cls, section, values)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _model_config(values: Mapping[str, Any]) -> ModelConfig:
-    try:
-        return ModelConfig(**checked_fields(ModelConfig, "model", values))
-    except ValueError as error:
+        return SECTIONS[name](**checked_fields(SECTIONS[name], name, values))
+    except ValueError as error:  # of the model, which knows no users
         raise UserError(str(error)) from None
 
 
@@ -336,8 +319,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def seed_of(flag: int | None, settings: Sequence[str]) -> int:
     """The run's seed, which is part of its file names: --random, else --set run.seed, else 0."""
-    given = parse_settings(settings)["run"]
-    return RunConfig(**_checked(RunConfig, "run", given)).seed if flag is None else flag
+    return _section("run", parse_settings(settings)["run"]).seed if flag is None else flag
 
 
 def build_config(
@@ -363,30 +345,24 @@ def build_config(
             section, field = path.split(".")
             merged[section][field] = value
     notices = []
-    checked = _checked(TrainingConfig, "training", merged["training"])
+    training = merged["training"]
+    steps, warmup = training.get("num_train_steps"), training.get("warmup")
     # a run shortened by --train_steps (or --set) keeps a warmup that fits it
-    if checked["num_train_steps"] >= 1 and checked["warmup"] >= checked["num_train_steps"]:
-        if "warmup" in changes["training"]:
-            raise UserError(
-                f"training.warmup ({checked['warmup']} steps) must be below the number of "
-                f"training steps "
-                f"({checked['num_train_steps']})"
-            )
-        shortened = checked["num_train_steps"] // 10
+    if (
+        isinstance(steps, int)
+        and isinstance(warmup, int)
+        and 1 <= steps <= warmup
+        and "warmup" not in changes["training"]
+    ):
+        training["warmup"] = steps // 10
         notices.append(
-            f"warmup shortened from {checked['warmup']} to {shortened} steps: it has to fit into "
-            f"{checked['num_train_steps']} training steps"
+            f"warmup shortened from {warmup} to {steps // 10} steps: it has to fit into {steps} "
+            f"training steps"
         )
-        checked["warmup"] = shortened
-    own = task_dict["training"]
-    config = TaskConfig(
-        task=task,
-        model=_model_config(merged["model"]),
-        training=TrainingConfig(**checked),
-        num_eval_examples=checked["num_eval_steps"] * own["batch_size"],
-        sparsity=SparsityConfig(**_checked(SparsityConfig, "sparsity", merged["sparsity"])),
-        run=RunConfig(**_checked(RunConfig, "run", merged["run"])),
-    )
+    sections = {name: _section(name, values) for name, values in merged.items()}
+    own = task_dict["training"]["batch_size"]
+    count = sections["training"].num_eval_steps * own
+    config = TaskConfig(task, num_eval_examples=count, **sections)
     return config, notices
 
 

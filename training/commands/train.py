@@ -327,7 +327,7 @@ def _training_config(
         return config, notices
     resumed = TaskConfig.from_dict(base)
     for section in SECTIONS:
-        before, now = getattr(resumed, section).as_dict(), getattr(config, section).as_dict()
+        before, now = resumed.section(section), config.section(section)
         for name, value in before.items():
             path = f"{section}.{name}"
             free = path in CHANGEABLE or (forked and (path in FORKABLE or section == "sparsity"))

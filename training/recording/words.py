@@ -102,7 +102,7 @@ def run_started(
 def hyperparameters(run: Run) -> dict[str, Any]:
     """The configuration and what was resolved at the start, flat."""
     config = run.config
-    sections = {name: getattr(config, name).as_dict() for name in SECTIONS}
+    sections = {name: config.section(name) for name in SECTIONS}
     flat = {f"{name}.{key}": v for name, values in sections.items() for key, v in values.items()}
     return {"task": config.task, **flat, **resolved_settings(run)}
 

@@ -76,6 +76,40 @@ def test_pictures_become_a_sheet(tmp_path, capsys):
     assert pixels.shape[0] > 2 * 96
 
 
+def test_only_dev_and_test_are_called_the_same_data(tmp_path, capsys):
+    """A pair that shares all examples with train, and a dev set that is a part of test."""
+    one, two = example(b"one", 1), example(b"two", 0)
+    for split, items in {"train": [one, two], "dev": [one, one], "test": [one, two]}.items():
+        write(tmp_path / f"lra-text.{split}.pickle", items)
+    for split in ("train", "dev", "test"):
+        assert inspect.main([str(tmp_path / f"lra-text.{split}.pickle")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("(all of them)") == 4 and "same data" not in out
+
+
+def labelled(label, largest=1, length=5):
+    ids = np.zeros(length, np.int64)
+    ids[-1:] = largest
+    return {"input_ids_0": ids, "label": label}
+
+
+def test_labels_of_any_integer_type_and_no_ids(tmp_path, capsys):
+    items = [labelled(label, 0) for label in (1, np.int8(1), np.uint64(1), np.array(1))]
+    path = write(tmp_path / "lra-x.dev.pickle", [*items, labelled(1, length=0)])
+    assert inspect.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "labels: 1: 5 (100.0%)" in out and "ids: 1 different, 0 to 0, 100.0% are 0" in out
+    path = write(tmp_path / "lra-y.dev.pickle", [labelled(1, length=0)])
+    assert inspect.main([str(path)]) == 0
+    assert "ids: 0 different, 0.0% are 0" in capsys.readouterr().out
+
+
+def test_a_picture_of_an_unknown_kind(tmp_path, capsys):
+    path = write(tmp_path / "lra-image.dev.pickle", [labelled(1, length=4)])
+    assert inspect.main([str(path), "--picture", str(tmp_path / "x.unknown")]) == 2
+    assert "unknown file extension" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -84,9 +118,32 @@ def test_pictures_become_a_sheet(tmp_path, capsys):
         (
             "lra-text.dev.pickle",
             [{"input_ids_0": np.array([-1], np.int32), "label": 1}],
-            "input_ids_0 of item 0 is no list of ids",
+            "input_ids_0 of item 0 has ids from -1 to -1, not from 0 to",
         ),
         ("lra-text.dev.pickle", [sys.exit], "sys"),
+        (
+            "lra-x.dev.pickle",
+            [labelled(None)],
+            "the label of item 0 is of type NoneType, not an integer",
+        ),
+        ("lra-x.dev.pickle", [labelled(True)], "is of type bool, not an integer"),
+        ("lra-x.dev.pickle", [labelled(1.0)], "is of type float, not an integer"),
+        (
+            "lra-x.dev.pickle",
+            [labelled(np.array([1, 2]))],
+            "is of type array (2,), not an integer",
+        ),
+        ("lra-x.dev.pickle", [labelled(1, 1 << 40)], "has ids from 0 to 1,099,511,627,776, not"),
+        ("lra-x.dev.pickle", [labelled(1, 1 << 31)], "has ids from 0 to 2,147,483,648, not"),
+        ("lra-x.dev.pickle", [{"input_ids_0": [1, 2], "label": 1}], "is no row of ids"),
+        ("lra-x.dev.pickle", [{"input_ids_0": [[1], []], "label": 1}], "is no row of ids"),
+        ("lra-image.dev.pickle", [labelled(1)] * 2, "the first has 5 ids, and all need the same"),
+        (
+            "lra-image.dev.pickle",
+            [labelled(1, length=4), labelled(1, length=9)],
+            "the same square",
+        ),
+        ("lra-image.dev.pickle", [labelled(1, length=0)], "the same square"),
     ],
 )
 def test_mistakes_end_in_a_sentence(tmp_path, capsys, name, content, words):

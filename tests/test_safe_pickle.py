@@ -445,6 +445,51 @@ def test_bombs_end_in_a_sentence_within_400_mib(kind, size, tmp_path):
         assert "more than" in result.stdout
 
 
+def amplifiers() -> dict[str, bytes]:
+    """Files of about 1 MB whose few opcodes make gigabytes of what stands in them once."""
+    names = b"c_codecs\nencode\nq\x01X\x06\0\0\0latin1q\x02"
+    text = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x00"
+    data = b"B" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x00"
+    return {
+        "encoded strings": b"\x80\x02]("
+        + names
+        + text
+        + b"000("
+        + b"h\1h\0h\2\x86R" * 3000
+        + b"le.",
+        "byte keys": b"\x80\x02](" + data + b"0(" + b"}h\0Ns" * 3000 + b"le.",
+        "byte keys of one dict": b"\x80\x02](" + data + b"0}(" + b"h\0N" * 3000 + b"ue.",
+        "tuples": b"\x80\x02](("
+        + b"N" * 32
+        + b"tq\x000"
+        + 5 * (b"(" + b"h\0" * 90_000 + b"l")
+        + b"e.",
+    }
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory through /proc")
+@pytest.mark.parametrize("kind", amplifiers())
+def test_what_the_opcodes_make_is_counted(kind, tmp_path):
+    path = tmp_path / "bomb.pickle"
+    path.write_bytes(amplifiers()[kind])
+    assert path.stat().st_size < 1.2e6
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD, str(REPOSITORY), str(path)], capture_output=True, text=True
+    )
+    assert "bytes make objects of more than" in result.stdout, (
+        result.stdout,
+        result.stderr[-500:],
+    )
+
+
+@pytest.mark.parametrize("num_ids", [1, 16, 1024])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_honest_files_are_far_from_the_limit(monkeypatch, num_ids, protocol):
+    data = [{"ids": np.full(num_ids, i, np.int32), "label": np.int64(i)} for i in range(2000)]
+    monkeypatch.setattr(safe_pickle, "MAX_MADE", 0)
+    assert same(data, read(pickle.dumps(data, protocol)))
+
+
 # ---- damage -------------------------------------------------------------------------------------
 
 GOOD = pickle.dumps(

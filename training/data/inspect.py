@@ -25,6 +25,8 @@ PICTURES = ("lra-image", "lra-nature", "lra-pathfinder")
 # ids 1 to 14 in the fixed order of preprocess/create_listops.py (15: unknown, or ] with brackets)
 LISTOPS = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "MIN", "MAX", "MED", "SM", "?"]
 SHOWN_CHARACTERS = 300
+MAX_ID = (1 << 20) - 1  # beyond every vocabulary
+MAX_SIDE = 1024  # pixels of a picture to show
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Summary:
     labels: Counter[int] = field(default_factory=Counter)
     array_lengths: Counter[int] = field(default_factory=Counter)
     token_counts: list[int] = field(default_factory=list)
-    histogram: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     fingerprints: list[int] = field(default_factory=list)  # 64 bits of the ids of each example
     first: list[dict] = field(default_factory=list)  # examples to show: the first ones
 
@@ -66,22 +68,37 @@ def summarise(path: Path, num_first: int = 0) -> Summary:
         for key in ("input_ids_0", "input_ids_1"):
             if key not in item:
                 continue
-            ids = np.asarray(item[key])
-            if ids.ndim != 1 or ids.dtype.kind not in "iu" or (len(ids) and ids.min() < 0):
-                raise UserError(f"{path}: {key} of item {number} is no list of ids from 0 on")
-            counts = np.bincount(ids, minlength=len(summary.histogram))
+            ids = item[key]
+            if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+                raise UserError(f"{path}: {key} of item {number} is no row of ids")
+            if len(ids) and not 0 <= ids.min() <= ids.max() <= MAX_ID:
+                raise UserError(
+                    f"{path}: {key} of item {number} has ids from {ids.min():,} to {ids.max():,}, "
+                    f"not from 0 to at most {MAX_ID:,}"
+                )
+            counts = np.bincount(ids.astype(np.int64), minlength=len(summary.histogram))
             counts[: len(summary.histogram)] += summary.histogram
             summary.histogram = counts
             used = np.flatnonzero(ids)
             summary.token_counts.append(int(used[-1]) + 1 if len(used) else 0)
             summary.array_lengths[len(ids)] += 1
             digest.update(ids.astype("<i4").tobytes())
-        summary.labels[int(item["label"])] += 1
+        summary.labels[_label(item, number, path)] += 1
         summary.fingerprints.append(int.from_bytes(digest.digest(), "little"))
         if len(summary.first) < num_first:
             summary.first.append(item)
         summary.examples += 1
     return summary
+
+
+def _label(item: dict, number: int, path: Path) -> int:
+    label = item["label"]
+    if isinstance(label, np.ndarray) and label.ndim == 0:
+        label = label[()]
+    if isinstance(label, bool) or not isinstance(label, int | np.integer):
+        kind = f"array {label.shape}" if isinstance(label, np.ndarray) else type(label).__name__
+        raise UserError(f"{path}: the label of item {number} is of type {kind}, not an integer")
+    return int(label)
 
 
 def describe(path: Path, summary: Summary) -> list[str]:
@@ -91,16 +108,17 @@ def describe(path: Path, summary: Summary) -> list[str]:
     counts = np.array(summary.token_counts)
     low, middle, high = np.percentile(counts, [10, 50, 90]).astype(int)
     used = np.flatnonzero(summary.histogram)
-    total = summary.histogram.sum()
+    total = max(1, summary.histogram.sum())
     common = np.argsort(-summary.histogram, kind="stable")[:8]
+    common = common[summary.histogram[common] > 0]
     unique = len(set(summary.fingerprints))
+    span = f", {used[0]} to {used[-1]}" if len(used) else ""
     lines = [
         f"{path}: {summary.examples:,} examples",
         "array length: " + ", ".join(f"{n:,}" for n in sorted(summary.array_lengths)),
         f"tokens: {counts.min():,} to {counts.max():,}, 10th/50th/90th percentile {low:,}/"
         f"{middle:,}/{high:,}; {(counts == 0).sum():,} without any",
-        f"ids: {len(used)} different, {used[0]} to {used[-1]}, {summary.histogram[0] / total:.1%} "
-        "are 0",
+        f"ids: {len(used)} different{span}, {summary.histogram[0] / total:.1%} are 0",
         "most frequent ids: "
         + ", ".join(f"{i} ({summary.histogram[i] / total:.1%})" for i in common),
         "labels: "
@@ -122,9 +140,11 @@ def compare(path: Path, summary: Summary) -> list[str]:
         neighbour = path.with_name(f"{task}.{other}.pickle")
         if other == split or not neighbour.exists():
             continue
-        theirs = set(summarise(neighbour).fingerprints)
+        theirs = Counter(summarise(neighbour).fingerprints)
         shared = sum(print_ in theirs for print_ in summary.fingerprints)
-        remark = " (dev and test are the same data)" if shared == summary.examples else ""
+        remark = " (all of them)" if shared == summary.examples else ""
+        if {split, other} == {"dev", "test"} and theirs == Counter(summary.fingerprints):
+            remark = " (dev and test are the same data)"
         lines.append(f"also in {other}: {shared:,} of {summary.examples:,}{remark}")
     return lines
 
@@ -144,19 +164,30 @@ def contact_sheet(examples: list[dict], path: Path) -> None:
     """Writes the pictures of the examples with their labels, 8 a row, enlarged, as a PNG."""
     from PIL import Image, ImageDraw
 
-    side = round(len(examples[0]["input_ids_0"]) ** 0.5)
+    num_pixels = len(examples[0]["input_ids_0"])
+    side = round(num_pixels**0.5)
+    if {len(item["input_ids_0"]) for item in examples} != {
+        side * side
+    } or not 0 < side <= MAX_SIDE:
+        raise UserError(
+            f"no picture of the examples: the first has {num_pixels:,} ids, and all need the same "
+            f"square of 1 to {MAX_SIDE}"
+        )
     cell, margin, text = side * 3, 6, 14
     rows = -(-len(examples) // 8)
     size = (8 * (cell + margin) + margin, rows * (cell + margin + text) + margin)
     sheet = Image.new("L", size, 255)
     draw = ImageDraw.Draw(sheet)
     for index, item in enumerate(examples):
-        pixels = np.asarray(item["input_ids_0"]).clip(0, 255).astype(np.uint8).reshape(side, side)
+        pixels = item["input_ids_0"].clip(0, 255).astype(np.uint8).reshape(side, side)
         x = margin + index % 8 * (cell + margin)
         y = margin + index // 8 * (cell + margin + text)
         sheet.paste(Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
         draw.text((x, y + cell), f"label {int(item['label'])}", fill=0)
-    sheet.save(path)
+    try:
+        sheet.save(path)
+    except ValueError as error:  # of Pillow: an ending it does not know
+        raise UserError(f"{path}: {error}") from None
 
 
 def main(argv: list[str]) -> int:

@@ -15,6 +15,7 @@ before anything is allocated.
 import os
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -23,6 +24,8 @@ import numpy as np
 from training.errors import UserError
 
 WINDOW = 1 << 20  # bytes read at a time
+# What the opcodes may make: bytes, and more for each byte of the file. Examples of 16 ids take 7.
+MAX_MADE, MAX_MADE_PER_BYTE = 64 << 20, 16
 MAX_STACK = 100_000  # values; picklers write lists and dicts in batches of 1,000
 MAX_NESTED = 1_000_000  # entries of a list or dict inside an item
 MAX_TUPLE = 32  # values, none of them a tuple
@@ -33,60 +36,40 @@ MAX_INT_BYTES = 16
 
 # How each admitted opcode's argument is read: nothing, a struct, or a struct's count of bytes.
 _PLAIN = {
-    opcode[0]
-    for opcode in (
-        *(b"(", b".", b"0", b"]", b"l", b"a", b"e", b"}", b"d", b"s", b"u"),  # MARK ... SETITEMS
-        *(
-            b")",
-            b"t",
-            b"\x85",
-            b"\x86",
-            b"\x87",
-            b"N",
-            b"\x88",
-            b"\x89",
-        ),  # tuples, None, True, False
-        *(b"\x94", b"\x93", b"R", b"b"),  # MEMOIZE STACK_GLOBAL REDUCE BUILD
-    )
+    *b"(.0)t\x85\x86\x87",  # MARK STOP POP EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    *b"]lae}dsu",  # EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS
+    *b"N\x88\x89\x94\x93Rb",  # NONE NEWTRUE NEWFALSE MEMOIZE STACK_GLOBAL REDUCE BUILD
 }
 _FIXED = {
-    0x80: struct.Struct("<B"),  # PROTO
-    0x95: struct.Struct("<Q"),  # FRAME
-    ord("K"): struct.Struct("<B"),  # BININT1
-    ord("M"): struct.Struct("<H"),  # BININT2
-    ord("J"): struct.Struct("<i"),  # BININT
-    ord("G"): struct.Struct(">d"),  # BINFLOAT
-    ord("q"): struct.Struct("<B"),  # BINPUT
-    ord("r"): struct.Struct("<I"),  # LONG_BINPUT
-    ord("h"): struct.Struct("<B"),  # BINGET
-    ord("j"): struct.Struct("<I"),  # LONG_BINGET
+    opcode: struct.Struct(layout)
+    for layout, opcodes in {
+        "<B": b"\x80Kqh",  # PROTO BININT1 BINPUT BINGET
+        "<H": b"M",  # BININT2
+        "<i": b"J",  # BININT
+        "<I": b"rj",  # LONG_BINPUT LONG_BINGET
+        "<Q": b"\x95",  # FRAME
+        ">d": b"G",  # BINFLOAT
+    }.items()
+    for opcode in opcodes
 }
 _COUNTED = {
-    0x8A: struct.Struct("<B"),  # LONG1
-    0x8C: struct.Struct("<B"),  # SHORT_BINUNICODE
-    ord("X"): struct.Struct("<I"),  # BINUNICODE
-    0x8D: struct.Struct("<Q"),  # BINUNICODE8
-    ord("C"): struct.Struct("<B"),  # SHORT_BINBYTES
-    ord("B"): struct.Struct("<I"),  # BINBYTES
-    ord("U"): struct.Struct("<B"),  # SHORT_BINSTRING, of Python 2
-    ord("T"): struct.Struct("<I"),  # BINSTRING
-    0x8E: struct.Struct("<Q"),  # BINBYTES8
-    0x96: struct.Struct("<Q"),  # BYTEARRAY8
+    opcode: struct.Struct(layout)
+    for layout, opcodes in {
+        "<B": b"\x8a\x8cCU",  # LONG1 SHORT_BINUNICODE SHORT_BINBYTES SHORT_BINSTRING
+        "<I": b"XBT",  # BINUNICODE BINBYTES BINSTRING (of Python 2)
+        "<Q": b"\x8d\x8e\x96",  # BINUNICODE8 BINBYTES8 BYTEARRAY8
+    }.items()
+    for opcode in opcodes
 }
-_LINES = {ord("c")}  # GLOBAL: two lines
+_GLOBAL = ord("c")  # two lines
+# Those that put something new on the stack.
+_MAKING = {*_COUNTED, *b"KMJG)t\x85\x86\x87}d]lR"}
 
-# Refused, with the name that the message gives them.
+# Refused, with what the message calls it.
 _REFUSED = {
-    ord("i"): "INST (it makes an object of any class)",
-    ord("o"): "OBJ (it makes an object of any class)",
-    0x81: "NEWOBJ (it makes an object of any class)",
-    0x92: "NEWOBJ_EX (it makes an object of any class)",
-    0x82: "EXT1 (a class by number)",
-    0x83: "EXT2 (a class by number)",
-    0x84: "EXT4 (a class by number)",
-    ord("P"): "PERSID (an object outside the file)",
-    ord("Q"): "BINPERSID (an object outside the file)",
-    0x97: "NEXT_BUFFER (data outside the file)",
+    **dict.fromkeys(b"io\x81\x92", "an object of any class"),  # INST OBJ NEWOBJ NEWOBJ_EX
+    **dict.fromkeys(b"\x82\x83\x84", "a class by number"),  # EXT1 EXT2 EXT4
+    **dict.fromkeys(b"PQ\x97", "an object outside the file"),  # PERSID BINPERSID NEXT_BUFFER
 }
 
 
@@ -102,21 +85,21 @@ _RECONSTRUCT, _SCALAR, _FROMBUFFER, _NDARRAY, _DTYPE, _ENCODE, _BYTES = map(
     ("_reconstruct", "scalar", "_frombuffer", "numpy.ndarray", "numpy.dtype", "encode", "bytes"),
 )
 _NAMES = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy.core.multiarray", "scalar"): _SCALAR,
-    ("numpy._core.multiarray", "scalar"): _SCALAR,
-    ("numpy.core.numeric", "_frombuffer"): _FROMBUFFER,  # protocol 5
-    ("numpy._core.numeric", "_frombuffer"): _FROMBUFFER,
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _DTYPE,
     ("_codecs", "encode"): _ENCODE,  # how protocol 2 writes bytes
     ("__builtin__", "bytes"): _BYTES,  # and no bytes
 }
+for _core in ("numpy.core", "numpy._core"):
+    _NAMES[f"{_core}.multiarray", "_reconstruct"] = _RECONSTRUCT
+    _NAMES[f"{_core}.multiarray", "scalar"] = _SCALAR
+    _NAMES[f"{_core}.numeric", "_frombuffer"] = _FROMBUFFER  # protocol 5
 
 
 class _Unfinished:
     """An array or dtype between REDUCE and BUILD; `value` is None until then."""
+
+    __slots__ = ("code", "kind", "shared", "value")
 
     def __init__(self, kind: str, code: str = ""):
         self.kind = kind
@@ -134,7 +117,7 @@ _TOP = _TopList()
 
 class _Operations:
     """The opcodes of an open file, one (opcode, argument) at a time; `offset` is where the last
-    one began."""
+    one began. `spend` counts what they make."""
 
     def __init__(
         self, file: BinaryIO, name: str, on_read: Callable[[bytes], object] | None = None
@@ -142,10 +125,20 @@ class _Operations:
         self._file = file
         self._name = name
         self._on_read = on_read
+        self._size = file.seek(0, os.SEEK_END)
+        self._left = MAX_MADE + MAX_MADE_PER_BYTE * self._size
         self.offset = 0
 
     def error(self, message: str) -> UserError:
         return UserError(f"{self._name}: {message} (at byte {self.offset:,})")
+
+    def spend(self, num_bytes: int) -> None:
+        self._left -= num_bytes
+        if self._left < 0:
+            raise self.error(
+                f"refused: its {self._size:,} bytes make objects of more than "
+                f"{MAX_MADE + MAX_MADE_PER_BYTE * self._size:,}"
+            )
 
     def _read(self, count: int) -> bytes:
         data = self._file.read(count)
@@ -154,8 +147,8 @@ class _Operations:
         return data
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
+        size = self._size
         data, position, base = b"", 0, 0  # data[0] is the file's byte number `base`
         longest = 2 * MAX_NAME + 16  # of an opcode without counted bytes
         while True:
@@ -174,58 +167,45 @@ class _Operations:
                         raise self.error(
                             f"{size - base - position:,} bytes follow the end of the list"
                         )
-                    self._read_rest()
+                    while self._read(WINDOW):
+                        pass  # so that on_read has seen the whole file
                     yield opcode, None
                     return
                 yield opcode, None
-            elif (fixed := _FIXED.get(opcode)) is not None:
-                if position + fixed.size > len(data):
+            elif (layout := _FIXED.get(opcode) or _COUNTED.get(opcode)) is not None:
+                if position + layout.size > len(data):
                     raise self.error("the file is cut short: the list has no end")
-                (argument,) = fixed.unpack_from(data, position)
-                position += fixed.size
-                yield opcode, argument
-            elif (counted := _COUNTED.get(opcode)) is not None:
-                if position + counted.size > len(data):
-                    raise self.error("the file is cut short: the list has no end")
-                (count,) = counted.unpack_from(data, position)
-                position += counted.size
-                end = position + count
+                (argument,) = layout.unpack_from(data, position)
+                position += layout.size
+                if opcode in _FIXED:
+                    yield opcode, argument
+                    continue
+                end = position + argument
                 if base + end > size:
                     raise self.error(
-                        f"the file is cut short or damaged: {count:,} bytes should follow, "
+                        f"the file is cut short or damaged: {argument:,} bytes should follow, "
                         f"{size - base - position:,} do"
                     )
                 if end > len(data):
                     base += position
                     data = data[position:]
-                    data += self._read(max(WINDOW, count - len(data)))
-                    position, end = 0, count
+                    data += self._read(max(WINDOW, argument - len(data)))
+                    position, end = 0, argument
                     if end > len(data):
                         raise self.error("the file became shorter while it was read")
                 yield opcode, data[position:end]
                 position = end
-            elif opcode in _LINES:
+            elif opcode == _GLOBAL:
                 lines = data[position : position + 2 * MAX_NAME].split(b"\n", 2)
                 if len(lines) != 3:
                     raise self.error("the file is damaged: a name without end")
                 position += len(lines[0]) + len(lines[1]) + 2
                 yield opcode, (lines[0], lines[1])
             else:
-                what = _REFUSED.get(opcode, f"opcode {bytes([opcode])!r}")
-                raise self.error(f"refused: a data pickle has no need of {what}")
-
-    def _read_rest(self) -> None:
-        while self._read(WINDOW):
-            pass  # so that on_read has seen the whole file
-
-
-def _memo_writes(opcode: int, argument, count: int) -> int | None:
-    """The memo number that this opcode writes to, if it does; `count`: how many were written."""
-    if opcode == 0x94:
-        return count
-    if opcode in b"qr":
-        return argument
-    return None
+                what = _REFUSED.get(opcode, "an unknown opcode")
+                raise self.error(
+                    f"refused: a data pickle has no need of {what} ({bytes([opcode])!r})"
+                )
 
 
 def _numbers_read(operations: _Operations) -> set[int]:
@@ -346,11 +326,11 @@ def _run(operations: _Operations, wanted: set[int], *, streaming: bool) -> Itera
                 raise error("the file is damaged: a string is not UTF-8") from None
         elif opcode in b"N\x88\x89":
             stack.append({0x4E: None, 0x88: True, 0x89: False}[opcode])
-        elif opcode in b")\x85\x86\x87":
-            count = {0x29: 0, 0x85: 1, 0x86: 2, 0x87: 3}[opcode]
-            stack.append(_tuple(pop(count), error) if count else ())
-        elif opcode == 0x74:  # TUPLE
-            stack.append(_tuple(pop_to_mark(), error))
+        elif opcode == 0x29:  # EMPTY_TUPLE
+            stack.append(())
+        elif opcode in b"t\x85\x86\x87":  # TUPLE TUPLE1 TUPLE2 TUPLE3
+            values = pop_to_mark() if opcode == 0x74 else pop(opcode - 0x84)
+            stack.append(_tuple(values, operations))
         elif opcode == 0x7D:  # EMPTY_DICT
             stack.append({})
         elif opcode in b"dsu":  # DICT SETITEM SETITEMS
@@ -358,24 +338,14 @@ def _run(operations: _Operations, wanted: set[int], *, streaming: bool) -> Itera
             if opcode == 0x64:
                 stack.append({})
             (target,) = pop()
-            _set_items(target, pairs, error)
+            _set_items(target, pairs, operations)
             stack.append(target)
-        elif opcode == 0x5D:  # EMPTY_LIST
-            if not stack and not top_seen:
+        elif opcode in b"]lae":  # EMPTY_LIST LIST APPEND APPENDS
+            values = [] if opcode == 0x5D else pop() if opcode == 0x61 else pop_to_mark()
+            values = [_finished(value, operations) for value in values]
+            if opcode in b"]l":
+                stack.append([] if stack or top_seen else _TOP)
                 top_seen = True
-                stack.append(_TOP)
-            else:
-                stack.append([])
-        elif opcode in b"lae":  # LIST APPEND APPENDS
-            values = [
-                _finished(value, error) for value in (pop() if opcode == 0x61 else pop_to_mark())
-            ]
-            if opcode == 0x6C:
-                if not stack and not top_seen:
-                    top_seen = True
-                    stack.append(_TOP)
-                else:
-                    stack.append([])
             (target,) = pop()
             stack.append(target)
             if target is _TOP:
@@ -385,7 +355,9 @@ def _run(operations: _Operations, wanted: set[int], *, streaming: bool) -> Itera
             elif type(target) is list:
                 if any(value is target for value in values):
                     raise error("refused: a list inside itself")
+                operations.spend(-sys.getsizeof(target))
                 target.extend(values)
+                operations.spend(sys.getsizeof(target))
                 if len(target) > MAX_NESTED:
                     raise error(
                         f"refused: a list of more than {MAX_NESTED:,} entries inside an item"
@@ -394,13 +366,13 @@ def _run(operations: _Operations, wanted: set[int], *, streaming: bool) -> Itera
                 raise error("the file is damaged: something other than a list is appended to")
         elif opcode in b"c\x93":  # GLOBAL STACK_GLOBAL
             module, name = argument if argument is not None else pop(2)
-            stack.append(_look_up(module, name, error))
+            stack.append(_look_up(module, name, operations))
         elif opcode == 0x52:  # REDUCE
             function, arguments = pop(2)
-            stack.append(_reduce(function, arguments, error))
+            stack.append(_reduce(function, arguments, operations))
         elif opcode == 0x62:  # BUILD
             target, state = pop(2)
-            _build(target, state, error)
+            _build(target, state, operations)
             if target.shared and target.kind == "array":
                 shared_bytes += target.value.nbytes
             stack.append(target)
@@ -413,9 +385,11 @@ def _run(operations: _Operations, wanted: set[int], *, streaming: bool) -> Itera
             if marks or len(stack) != 1:
                 raise error("the file is damaged: it ends in the middle of a value")
             if not streaming:
-                yield _finished(stack[0], error)
+                yield _finished(stack[0], operations)
             elif stack[0] is not _TOP:
                 raise error(f"it holds a {type(stack[0]).__name__}, not a list of examples")
+        if opcode in _MAKING:
+            operations.spend(sys.getsizeof(stack[-1]))
         if shared_bytes > MAX_SHARED_BYTES:
             raise error(
                 f"its items share more than {MAX_SHARED_BYTES:,} bytes with each other, "
@@ -423,63 +397,73 @@ def _run(operations: _Operations, wanted: set[int], *, streaming: bool) -> Itera
             )
 
 
-def _tuple(values: list, error) -> tuple:
+def _tuple(values: list, operations: _Operations) -> tuple:
     """NumPy's arguments are tuples with tuples in them, two deep: deeper ones could fill the
     memory from the inside out."""
     for value in values:
         if type(value) is tuple and any(type(inner) is tuple for inner in value):
-            raise error("refused: tuples more than two deep")
+            raise operations.error("refused: tuples more than two deep")
     return tuple(values)
 
 
-def _finished(value, error):
+def _finished(value, operations: _Operations):
     """A value fit to be handed out or put into a container."""
     if isinstance(value, _Unfinished):
         if value.kind != "array":
-            raise error("refused: a dtype as a value")
+            raise operations.error("refused: a dtype as a value")
         if value.value is None:
-            raise error("the file is damaged: an array without content")
+            raise operations.error("the file is damaged: an array without content")
         return value.value
     if isinstance(value, _Name):
-        raise error(f"refused: {value.name} itself as a value")
+        raise operations.error(f"refused: {value.name} itself as a value")
     if type(value) is tuple:
         if len(value) > MAX_TUPLE or any(type(inner) is tuple for inner in value):
-            raise error(f"refused: a tuple with a tuple or more than {MAX_TUPLE} values in it")
-        return tuple(_finished(inner, error) for inner in value)
+            raise operations.error(
+                f"refused: a tuple with a tuple or more than {MAX_TUPLE} values in it"
+            )
+        operations.spend(sys.getsizeof(value))
+        return tuple(_finished(inner, operations) for inner in value)
     if value is _TOP:
-        raise error("refused: the list is used inside itself")
+        raise operations.error("refused: the list is used inside itself")
     return value
 
 
-def _set_items(target, pairs: list, error) -> None:
+def _set_items(target, pairs: list, operations: _Operations) -> None:
     if type(target) is not dict or len(pairs) % 2:
-        raise error("the file is damaged: something other than a dict gets entries")
+        raise operations.error("the file is damaged: something other than a dict gets entries")
+    operations.spend(-sys.getsizeof(target))
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
         if type(key) is bytes:
             key = key.decode("latin1")  # a string of Python 2
+            operations.spend(sys.getsizeof(key))
         if type(key) is not str:
-            raise error(f"refused: a dict key of type {type(key).__name__}, not a string")
+            raise operations.error(
+                f"refused: a dict key of type {type(key).__name__}, not a string"
+            )
         if value is target:
-            raise error("refused: a dict inside itself")
-        target[key] = _finished(value, error)
+            raise operations.error("refused: a dict inside itself")
+        target[key] = _finished(value, operations)
+    operations.spend(sys.getsizeof(target))
     if len(target) > MAX_NESTED:
-        raise error(f"refused: a dict of more than {MAX_NESTED:,} entries")
+        raise operations.error(f"refused: a dict of more than {MAX_NESTED:,} entries")
 
 
-def _look_up(module, name, error) -> _Name:
+def _look_up(module, name, operations: _Operations) -> _Name:
     if isinstance(module, bytes) and isinstance(name, bytes):
         module, name = module.decode("utf-8", "replace"), name.decode("utf-8", "replace")
     if type(module) is not str or type(name) is not str:
-        raise error("the file is damaged: a name that is no string")
+        raise operations.error("the file is damaged: a name that is no string")
     if (module, name) not in _NAMES:
         full = f"{module}.{name}"[:MAX_NAME]
-        raise error(f"refused: it wants to use {full!r}, and data need only NumPy arrays")
+        raise operations.error(
+            f"refused: it wants to use {full!r}, and data need only NumPy arrays"
+        )
     return _NAMES[module, name]
 
 
-def _reduce(function, arguments, error):
+def _reduce(function, arguments, operations: _Operations):
     if type(arguments) is not tuple or not isinstance(function, _Name):
-        raise error("refused: it calls something that is no NumPy constructor")
+        raise operations.error("refused: it calls something that is no NumPy constructor")
     kinds = [type(argument) for argument in arguments]
     if function is _RECONSTRUCT:
         if len(arguments) == 3 and arguments[0] is _NDARRAY and arguments[1] == (0,):
@@ -488,20 +472,22 @@ def _reduce(function, arguments, error):
         if len(arguments) == 3 and kinds[0] in (str, bytes):
             code = _string(arguments[0])
             if code[:1] == "O":
-                raise error("refused: an array of Python objects")
+                raise operations.error("refused: an array of Python objects")
             if not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
-                raise error(f"refused: an array of dtype {code[:20]!r}, not of numbers")
+                raise operations.error(f"refused: an array of dtype {code[:20]!r}, not of numbers")
             return _Unfinished("dtype", code)
     elif function is _SCALAR:
         if len(arguments) == 2 and kinds[1] is bytes:
-            dtype = _dtype(arguments[0], error)
+            dtype = _dtype(arguments[0], operations)
             if len(arguments[1]) == dtype.itemsize:
                 return np.frombuffer(arguments[1], dtype)[0]
     elif function is _FROMBUFFER:
         if len(arguments) == 4 and kinds[0] is bytes and arguments[3] in ("C", "F"):
             array = _Unfinished("array")
-            dtype = _dtype(arguments[1], error)
-            array.value = _array(arguments[0], dtype, arguments[2], arguments[3] == "F", error)
+            dtype = _dtype(arguments[1], operations)
+            array.value = _array(
+                arguments[0], dtype, arguments[2], arguments[3] == "F", operations
+            )
             return array
     elif function is _BYTES and not arguments:
         return b""
@@ -510,50 +496,54 @@ def _reduce(function, arguments, error):
             return arguments[0].encode("latin1")
         except UnicodeEncodeError:
             pass
-    raise error(f"the file is damaged: {function.name} with arguments that do not fit")
+    raise operations.error(f"the file is damaged: {function.name} with arguments that do not fit")
 
 
 def _string(value) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
-def _dtype(value, error) -> np.dtype:
+def _dtype(value, operations: _Operations) -> np.dtype:
     if not isinstance(value, _Unfinished) or value.kind != "dtype":
-        raise error("the file is damaged: a dtype is missing")
+        raise operations.error("the file is damaged: a dtype is missing")
     return value.value
 
 
-def _array(data, dtype: np.dtype, shape, fortran: bool, error) -> np.ndarray:
+def _array(data, dtype: np.dtype, shape, fortran: bool, operations: _Operations) -> np.ndarray:
     if (
         type(data) is not bytes
         or type(shape) is not tuple
         or len(shape) > 8
         or any(type(n) is not int or n < 0 for n in shape)
     ):
-        raise error("the file is damaged: an array without shape or content")
+        raise operations.error("the file is damaged: an array without shape or content")
     count = dtype.itemsize
     for n in shape:
         count *= n  # Python integers: no overflow
     if count != len(data):
-        raise error(f"the file is damaged: an array of shape {shape} with {len(data):,} bytes")
+        raise operations.error(
+            f"the file is damaged: an array of shape {shape} with {len(data):,} bytes"
+        )
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _build(target, state, error) -> None:
+def _build(target, state, operations: _Operations) -> None:
     """BUILD: gives an array or a dtype its content."""
     if not isinstance(target, _Unfinished) or type(state) is not tuple:
-        raise error("refused: it sets the state of something that is no NumPy array")
+        raise operations.error("refused: it sets the state of something that is no NumPy array")
     if target.kind == "dtype":
         # (version, byte order, subarray, names, fields, itemsize, alignment, flags[, metadata]):
         # plain numbers have only the order.
         plain = len(state) in (8, 9) and all(s is None for s in (*state[2:5], *state[8:]))
         order = _string(state[1]) if plain else ""
         if order not in ("<", ">", "|", "="):
-            raise error("refused: an array of records or of an unusual dtype")
+            raise operations.error("refused: an array of records or of an unusual dtype")
         target.value = np.dtype(order + target.code)
         return
     if target.value is not None or len(state) != 5:
-        raise error("the file is damaged: an array gets its content twice")
+        raise operations.error("the file is damaged: an array gets its content twice")
     if type(state[4]) is list:
-        raise error("refused: an array of Python objects")
-    target.value = _array(state[4], _dtype(state[2], error), state[1], bool(state[3]), error)
+        raise operations.error("refused: an array of Python objects")
+    target.value = _array(
+        state[4], _dtype(state[2], operations), state[1], bool(state[3]), operations
+    )

@@ -5,8 +5,12 @@ import sys
 from preprocess import driver, tasks
 
 
+def summary(name: str) -> str:
+    return tasks.load(name).description.partition("\n")[0].partition(": ")[2]
+
+
 def main(argv: list[str]) -> int:
-    names = "\n".join(f"  {name:16} {tasks.load(name).title}" for name in tasks.MODULES)
+    names = "\n".join(f"  {name:16} {summary(name)}" for name in tasks.MODULES)
     text = f"usage: python -m preprocess TASK [--help]\n\nTASK is one of\n{names}"
     if argv[:1] in ([], ["-h"], ["--help"]):
         print(text)

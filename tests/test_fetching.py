@@ -228,3 +228,39 @@ def test_too_small_a_disk_is_noticed_before_anything_is_fetched(clone):
     )
     assert done.returncode == 2 and "only 1.0 GB are free" in done.stderr, done.stderr
     assert "13." in done.stderr and "fetching" not in done.stdout  # 6 GB pickles, 7.7 GB archive
+
+
+def test_the_task_of_the_docs_works_as_it_is_written(clone):
+    """docs/data.md, "Your own task": that file, two CSV files, one command."""
+    page = (ROOT / "docs/data.md").read_text()
+    code = page.split("## Your own task")[1].split("```python\n")[1].split("```")[0]
+    assert len(code.split("TASK = ")[1].split("\n)\n")[0].splitlines()) <= 15
+    (clone / "my_task.py").write_text(code)
+    rows = "".join(f"{i},{'good' if i % 2 else 'bad'},review {i}\n" for i in range(30))
+    for name, start in (("train.csv", "0"), ("test.csv", "9")):
+        text = "id,stars,review\n" + "".join(start + row for row in rows.splitlines(True))
+        (clone / name).write_text(text.replace("review ", f"{name} "))
+    options = ("--source", clone, "--dev_from_train", 0.3)
+    command = [sys.executable, *map(str, (clone / "my_task.py", *options))]
+    done = subprocess.run(command, env=environment(clone), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((clone / "data/lra_processed/my-reviews.json").read_text())
+    assert facts["labels"]["test"] == {"bad": 15, "good": 15} and facts["trial"] == ""
+    counts = [facts["splits"][split]["examples"] for split in ("train", "dev", "test")]
+    assert counts[0] + counts[1] == 30 and counts[1] and counts[2] == 30
+
+
+def test_every_task_is_listed_with_its_options(clone):
+    run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=clone)
+    listing = run([sys.executable, "-m", "preprocess"], env=environment(clone))
+    names = [line.split()[0] for line in listing.stdout.splitlines() if line.startswith("  ")]
+    assert listing.returncode == 2 and {"lra-text", "lra-pathfinder", "planted"} <= set(names)
+    page = (ROOT / "docs/data.md").read_text()
+    for name in names:
+        help_ = run([sys.executable, "-m", "preprocess", name, "--help"], env=environment(clone))
+        assert (
+            help_.returncode == 0 and "--output_dir" in help_.stdout and "--limit" in help_.stdout
+        )
+        assert name.replace("pathfinder", "pathfinder32") in page
+    wrong = run([sys.executable, "-m", "preprocess", "lra-txt"], env=environment(clone))
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1

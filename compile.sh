@@ -81,7 +81,6 @@ hash=$(cat $sources kernels/csrc/cpu/*.h | digest)
 
 machine=$(uname -m)
 avx512="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
-defines=""
 selected=""
 for source in $sources; do
     case $source in
@@ -102,12 +101,11 @@ for source in $sources; do
         selected="$selected $source:$(echo "$needs" | tr ' ' ,)"
     else
         echo "left out: $source ($why)"
-        case $defines in *WITHOUT_$isa*) ;; *) defines="$defines -DSAT_WITHOUT_$isa" ;; esac
     fi
 done
 
 # 4. Up to date? The library carries the text that is looked for here.
-build_id=$(echo "$hash $CXX $version $flags ${CXXFLAGS:-} $selected $defines" | digest)
+build_id=$(echo "$hash $CXX $version $flags ${CXXFLAGS:-} $selected" | digest)
 if [ -f "$target" ] && grep -q "SAT_BUILD=$build_id" "$target"; then
     echo "up to date: $target"
 else
@@ -117,7 +115,7 @@ else
         source=${entry%%:*}
         object=$build/$(basename "$source" .cpp).o
         # shellcheck disable=SC2086
-        $CXX $flags $defines -DSAT_SOURCE_HASH="\"$hash\"" -DSAT_BUILD_ID="\"$build_id\"" \
+        $CXX $flags -DSAT_SOURCE_HASH="\"$hash\"" -DSAT_BUILD_ID="\"$build_id\"" \
             $(echo "${entry#*:}" | tr , ' ') ${CXXFLAGS:-} -c -o "$object" "$source" >"$object.log" 2>&1 &
         jobs="$jobs $!:$source"
     done

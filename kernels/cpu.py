@@ -121,8 +121,7 @@ def _forward(query, key, value, key_padding_mask, lists, block_size, scale, prun
     call = _Call(query, key, value, lse, key_padding_mask, lists, block_size, scale, pruned_zero)
     call.struct.out = _tensor(out, query)
     if query.numel():
-        status = native.load().sat_attention_forward(ctypes.byref(call.struct))
-        native.check(status, "sat_attention_forward")
+        native.call("sat_attention_forward", bytes(call.struct))
     return out, lse
 
 
@@ -136,8 +135,7 @@ def _backward(
     struct.dquery, struct.dkey = _tensor(dquery, query), _tensor(dkey, query)
     struct.dvalue = _tensor(dvalue, query)
     if query.numel():
-        status = native.load().sat_attention_backward(ctypes.byref(struct))
-        native.check(status, "sat_attention_backward")
+        native.call("sat_attention_backward", bytes(struct))
     return dquery, dkey, dvalue
 
 
@@ -164,8 +162,7 @@ def _statistics(
         weight=mean_weight,
     )
     struct.B, struct.H, struct.N, struct.d = query.shape
-    status = native.load().sat_attention_statistics(ctypes.byref(struct))
-    native.check(status, "sat_attention_statistics")
+    native.call("sat_attention_statistics", bytes(struct))
     return pooled_sum, square_sum, real_sum
 
 
@@ -193,7 +190,7 @@ torch.library.register_fake(
 )
 
 
-# ---- the C side's structs (csrc/cpu/attention.h) ----
+# ---- the C side's structs (csrc/cpu/abi.h) ----
 
 
 class _SatTensor(ctypes.Structure):
@@ -212,9 +209,10 @@ class _SatAttention(ctypes.Structure):
         ("row_columns", ctypes.c_void_p),
         ("column_offsets", ctypes.c_void_p),
         ("column_rows", ctypes.c_void_p),
-        *((size, ctypes.c_int64) for size in ("B", "H", "N", "d", "bs")),
+        *((size, ctypes.c_int64) for size in ("B", "H", "N", "d", "bs", "layouts")),
         ("type", ctypes.c_int64),
         ("pruned_zero", ctypes.c_int64),
+        ("causal", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("scale", ctypes.c_float),
     ]
@@ -224,10 +222,8 @@ class _SatStatistics(ctypes.Structure):
     _fields_ = [
         ("query", _SatTensor),
         ("key", _SatTensor),
-        *(
-            (pointer, ctypes.c_void_p)
-            for pointer in ("real", "mean", "pooled_sum", "square_sum", "row_weights", "real_sum")
-        ),
+        *((pointer, ctypes.c_void_p) for pointer in ("real", "mean", "pooled_sum", "square_sum")),
+        *((pointer, ctypes.c_void_p) for pointer in ("row_weights", "real_sum", "lse")),
         *((size, ctypes.c_int64) for size in ("B", "H", "N", "d", "bs", "groups")),
         ("type", ctypes.c_int64),
         ("threads", ctypes.c_int64),
@@ -268,6 +264,6 @@ class _Call:
             struct.column_offsets = _at(lists[2], torch.int32, offsets)
             struct.column_rows = _at(lists[3], torch.int32, kept)
         struct.B, struct.H, struct.N, struct.d = B, H, N, d
-        struct.bs, struct.type = block_size, TYPES[query.dtype]
+        struct.bs, struct.layouts, struct.type = block_size, 1, TYPES[query.dtype]
         struct.pruned_zero, struct.scale = pruned_zero, scale
         struct.threads = torch.get_num_threads()

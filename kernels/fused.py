@@ -159,20 +159,19 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return normed.to(dtype)
 
 
-# ---- cpu: csrc/cpu/fused.h ------------------------------------------------------------
+# ---- cpu: csrc/cpu/abi.h ------------------------------------------------------------
 
-# Types of (residual stream, branch, norm's output) that are compiled: SatTypes in fused_abi.h.
+# Types of (residual stream, branch, norm's output) that are compiled: SatTypes.
 _TYPES = {
     (torch.float32, torch.float32, torch.float32): 0,
     (torch.float32, torch.bfloat16, torch.bfloat16): 1,  # autocast
     (torch.bfloat16, torch.bfloat16, torch.bfloat16): 2,
 }
-_TYPE = {torch.float32: 0, torch.bfloat16: 1}  # SatType in abi.h
+_TYPE = {torch.float32: 0, torch.bfloat16: 1}  # SatType
 _MASK_BLOCK = 2 * _LANES
 _MAX_FEATURES = 4096
 _LAYER_PIECE = 1024  # SAT_LAYER_PIECE
 _PIECE = 256  # SAT_PIECE: tokens whose parameter gradients are summed in one go
-_ID_OUT_OF_RANGE = 100
 
 
 class _Norm(ctypes.Structure):
@@ -245,25 +244,6 @@ class _Projections(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = native.load()
-    pointer: type = ctypes.c_void_p
-    library.sat_add_norm.argtypes = [pointer] * 6
-    library.sat_add_norm_backward.argtypes = [pointer] * 9
-    embed: list[type] = [pointer, pointer, ctypes.c_int64]  # call, ids, vocabulary
-    library.sat_embed_norm.argtypes = embed + [pointer] * 5
-    library.sat_embed_norm_backward.argtypes = embed + [pointer] * 9
-    library.sat_gelu.argtypes = [pointer] * 4
-    library.sat_mean.argtypes = [pointer] * 3
-    library.sat_mean_backward.argtypes = [pointer] * 3
-    library.sat_layer_forward.argtypes = [pointer] * 8
-    library.sat_layer_backward.argtypes = [pointer] * 12
-    library.sat_project.argtypes = [pointer] * 5
-    library.sat_project_backward.argtypes = [pointer] * 8
-    return library
-
-
 def _compiled_widths(*widths: int) -> bool:
     return all(width % _MASK_BLOCK == 0 and 0 < width <= _MAX_FEATURES for width in widths)
 
@@ -296,13 +276,6 @@ def _fp32(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=_FP32, device=_CPU)
 
 
-def _call(function: str, *arguments) -> None:
-    status = getattr(_library(), function)(*arguments)
-    if status == _ID_OUT_OF_RANGE:
-        raise IndexError("a token id is outside the word table")
-    native.check(status, function)
-
-
 def _norm_call(x: Tensor, types: int, weight: Tensor, bias: Tensor | None, eps: float, drop):
     rows, length, width = x.shape[0] * x.shape[1], x.shape[1], x.shape[2]
     return _Norm(
@@ -322,8 +295,8 @@ class _AddNorm(torch.autograd.Function):
         stats = _fp32(*x.shape[:2], 2)
         wide_bias = bias.float().contiguous()
         call = _norm_call(x, types, wide_weight, wide_bias, eps, drop)
-        _call(
-            "sat_add_norm", ctypes.byref(call), _at(x, *x.shape, dtype=x.dtype),
+        native.call(
+            "sat_add_norm", bytes(call), _at(x, *x.shape, dtype=x.dtype),
             _at(branch, *x.shape, dtype=branch.dtype), _at(y, *x.shape, dtype=x.dtype),
             _at(normed, *x.shape, dtype=norm_dtype), _at(stats, *x.shape[:2], 2),
         )  # fmt: skip
@@ -341,8 +314,8 @@ class _AddNorm(torch.autograd.Function):
         dx, dbranch = torch.empty_like(y), torch.empty_like(y, dtype=branch_dtype)
         call = _norm_call(y, types, weight, None, eps, drop)
         pieces, dparameters = _norm_gradients(call)
-        _call(
-            "sat_add_norm_backward", ctypes.byref(call), _at(y, *y.shape, dtype=y.dtype),
+        native.call(
+            "sat_add_norm_backward", bytes(call), _at(y, *y.shape, dtype=y.dtype),
             _at(stats, *y.shape[:2], 2), _at(dy, *y.shape, dtype=y.dtype),
             _at(dnormed, *y.shape, dtype=norm_dtype), _at(dx, *y.shape, dtype=y.dtype),
             _at(dbranch, *y.shape, dtype=branch_dtype), _at(pieces, *pieces.shape),
@@ -378,8 +351,8 @@ class _EmbedNorm(torch.autograd.Function):
         stats = _fp32(*ids.shape, 2)
         call = _norm_call(x, types, wide_weight, wide_bias, eps, drop)
         length, width = x.shape[1:]
-        _call(
-            "sat_embed_norm", ctypes.byref(call), _at(ids, *ids.shape, dtype=torch.int64),
+        native.call(
+            "sat_embed_norm", bytes(call), _at(ids, *ids.shape, dtype=torch.int64),
             len(words), _at(words, len(words), width, dtype=x.dtype),
             _at(positions, length, width, dtype=x.dtype), _at(x, *x.shape, dtype=x.dtype),
             _at(normed, *x.shape, dtype=norm_dtype), _at(stats, *ids.shape, 2),
@@ -401,8 +374,8 @@ class _EmbedNorm(torch.autograd.Function):
         length, width = x.shape[1:]
         dwords = _fp32(vocabulary, width)
         dpositions = _fp32(length, width) if ctx.needs_input_grad[2] else None
-        _call(
-            "sat_embed_norm_backward", ctypes.byref(call), _at(ids, *ids.shape, dtype=ids.dtype),
+        native.call(
+            "sat_embed_norm_backward", bytes(call), _at(ids, *ids.shape, dtype=ids.dtype),
             vocabulary, _at(x, *x.shape, dtype=x.dtype), _at(stats, *ids.shape, 2),
             _at(dx, *x.shape, dtype=x.dtype), _at(dnormed, *x.shape, dtype=norm_dtype),
             _at(dsum, *x.shape), _at(pieces, *pieces.shape), _at(dparameters, 2, width),
@@ -436,7 +409,7 @@ def _gelu_call(x: Tensor, grad: Tensor | None, drop) -> Tensor:
         size = x.numel() // x.shape[0]
         call = _Gelu(x.shape[0], size, _TYPE[x.dtype], *drop, torch.get_num_threads())
         tensors = (_at(tensor, *x.shape, dtype=x.dtype) for tensor in (x, grad, out))
-        _call("sat_gelu", ctypes.byref(call), *tensors)
+        native.call("sat_gelu", bytes(call), *tensors)
     return out
 
 
@@ -466,7 +439,7 @@ def _mean_call(function: str, mask: Tensor, tokens: Tensor, mean: Tensor, backwa
     real = _at(mask, B, N, dtype=torch.bool)
     call = _Mean(B, N, E, _TYPE[tokens.dtype], real, torch.get_num_threads())
     both = _at(tokens, B, N, E, dtype=tokens.dtype), _at(mean, B, E)
-    _call(function, ctypes.byref(call), *(both[::-1] if backward else both))
+    native.call(function, bytes(call), *(both[::-1] if backward else both))
 
 
 class _LayerRest(torch.autograd.Function):
@@ -483,8 +456,8 @@ class _LayerRest(torch.autograd.Function):
         hidden = attended.new_empty(*x.shape[:2], call.hidden)
         stats = x.new_empty(*x.shape[:2], 4)
         narrow = attended.dtype
-        _call(
-            "sat_layer_forward", ctypes.byref(call), _at(x, *x.shape),
+        native.call(
+            "sat_layer_forward", bytes(call), _at(x, *x.shape),
             _at(attended, *x.shape[:2], call.attended, dtype=narrow), _at(y, *x.shape),
             _at(hidden, *x.shape[:2], call.hidden, dtype=narrow), _at(z, *x.shape),
             _at(normed, *x.shape, dtype=narrow), _at(stats, *x.shape[:2], 4),
@@ -503,8 +476,8 @@ class _LayerRest(torch.autograd.Function):
         dx, dattended = torch.empty_like(y), torch.empty_like(attended)
         pieces, flat, gradients = _parameter_gradients(call.rows, parameters)
         tokens, narrow = y.shape[:2], attended.dtype
-        _call(
-            "sat_layer_backward", ctypes.byref(call),
+        native.call(
+            "sat_layer_backward", bytes(call),
             _at(attended, *tokens, call.attended, dtype=narrow), _at(y, *y.shape),
             _at(hidden, *tokens, call.hidden, dtype=narrow), _at(z, *y.shape),
             _at(stats, *tokens, 4), _at(dz, *y.shape), _at(dnormed, *y.shape, dtype=narrow),
@@ -564,7 +537,7 @@ class _Project(torch.autograd.Function):
         parts = [x.new_empty(*x.shape[:2], call.attended) for _ in range(3)]
         shape = *x.shape[:2], call.attended
         pointers = (_at(part, *shape, dtype=x.dtype) for part in parts)
-        _call("sat_project", ctypes.byref(call), _at(x, *x.shape, dtype=x.dtype), *pointers)
+        native.call("sat_project", bytes(call), _at(x, *x.shape, dtype=x.dtype), *pointers)
         ctx.save_for_backward(x, *parameters)
         ctx.layout = layout
         return tuple(_split_heads(part, heads) for part in parts)
@@ -579,8 +552,8 @@ class _Project(torch.autograd.Function):
         pieces, flat, gradients = _parameter_gradients(call.rows, parameters)
         heads = dparts[0].shape[2]
         shape = *x.shape[:2], heads, call.attended // heads
-        _call(
-            "sat_project_backward", ctypes.byref(call), _at(x, *x.shape, dtype=x.dtype),
+        native.call(
+            "sat_project_backward", bytes(call), _at(x, *x.shape, dtype=x.dtype),
             *(_at(part, *shape, dtype=x.dtype) for part in dparts),
             _at(dx, *x.shape, dtype=x.dtype), _at(pieces, *pieces.shape), _at(flat, *flat.shape),
         )  # fmt: skip
@@ -664,7 +637,7 @@ def _compiled_products(operand: Tensor, rest: list[Tensor]) -> bool:
     if operand.dtype != dtype or any(tensor.dtype != torch.float32 for tensor in rest):
         return False
     if dtype == torch.bfloat16 and native.reason_unavailable() is None:
-        return bool(_library().sat_layer_has_bfloat())
+        return bool(native.load().sat_layer_has_bfloat())
     return dtype == torch.float32
 
 

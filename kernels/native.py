@@ -9,13 +9,14 @@ import ctypes
 import functools
 import hashlib
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ABI = 3  # SAT_ABI in csrc/cpu/abi.h
+ABI = 4  # SAT_ABI in csrc/cpu/abi.h
 LIBRARY = Path(__file__).resolve().parent / "libsat_cpu.so"
 SOURCES = LIBRARY.parent / "csrc" / "cpu"
 STATUS = {1: "no memory for scratch space", 2: "a shape or dtype it does not support"}
@@ -52,8 +53,32 @@ def select_isa(name: str) -> None:
 
 def check(status: int, what: str) -> None:
     """Raises RuntimeError if a function of the library did not return 0."""
+    if status == 100:
+        raise IndexError("a token id is outside the word table")
     if status != 0:
         raise RuntimeError(f"{what} failed: {STATUS.get(status, f'status {status}')}")
+
+
+def call(function: str, *arguments: int | bytes | None) -> None:
+    """Calls an operation of csrc/cpu/abi.h with its struct, given in pieces.
+
+    The first piece is packed settings; then come addresses (None is null) and 64-bit numbers.
+    """
+    library = load()
+    packed = b"".join(x if isinstance(x, bytes) else struct.pack("q", x or 0) for x in arguments)
+    assert len(packed) == _struct_sizes(library)[function], f"abi.h has another {function}"
+    check(getattr(library, function)(packed), function)
+
+
+@functools.cache
+def _struct_sizes(library: ctypes.CDLL) -> dict[str, int]:
+    """Bytes of each operation's struct in C."""
+    library.sat_operation.restype = ctypes.c_char_p
+    sizes: dict[str, int] = {}
+    size = ctypes.c_int64()
+    while name := library.sat_operation(len(sizes), ctypes.byref(size)):
+        sizes[f"sat_{name.decode()}"] = size.value
+    return sizes
 
 
 def pointer(

@@ -4,7 +4,7 @@
 #include <stdio.h>
 #include <vector>
 
-#include "attention.h"
+#include "abi.h"
 
 extern "C" int sat_attention_forward(const SatAttention*);
 extern "C" int sat_attention_backward(const SatAttention*);
@@ -46,7 +46,7 @@ int main(int, char** arguments) {
     call.row_offsets = row_offsets.data(), call.row_columns = row_columns.data();
     call.column_offsets = column_offsets.data(), call.column_rows = column_rows.data();
     call.B = B, call.H = H, call.N = N, call.d = d, call.bs = bs;
-    call.pruned_zero = shape[6], call.type = shape[7], call.threads = 2, call.scale = scale;
+    call.layouts = 1, call.pruned_zero = shape[6], call.type = shape[7], call.threads = 2, call.scale = scale;
     if (sat_attention_forward(&call) || sat_attention_backward(&call)) return 1;
 
     SatStatistics statistics{};

@@ -21,9 +21,8 @@ HERE = ROOT / "tests" / "amx_emulation"
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 FLAGS += ["-DSAT_AMX_EMULATION", f"-I{HERE}", f"-I{SOURCES}"]
-FLAGS += ["-DSAT_WITHOUT_AVX2", "-DSAT_WITHOUT_AVX512", "-DSAT_WITHOUT_AVX512BF16"]
 VECTORS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"]
-UNITS = {"library": [], "attention": [], "attention_portable": ["-O0"], "attention_amx": VECTORS}
+UNITS = {"library": [], "attention_portable": ["-O0"], "attention_amx": VECTORS}
 
 
 def reason_unavailable() -> str | None:

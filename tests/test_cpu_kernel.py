@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -141,7 +140,9 @@ def test_c_refuses_what_it_cannot_do():
 
     struct = _SatAttention(B=1, H=1, N=40, d=20, bs=20, threads=1)
     with pytest.raises(RuntimeError, match="a shape or dtype it does not support"):
-        native.check(native.load().sat_attention_forward(ctypes.byref(struct)), "forward")
+        native.call("sat_attention_forward", bytes(struct))
+    with pytest.raises(AssertionError, match=r"abi\.h has another sat_attention_forward"):
+        native.call("sat_attention_forward", bytes(struct)[8:])
 
 
 # ---- sanitizers ----------------------------------------------------------------------
@@ -199,15 +200,18 @@ def test_sanitizers_find_nothing(tmp_path):
 @pytest.mark.slow
 def test_sanitizers_find_planted_overflows(tmp_path):
     copy = clone(tmp_path)
-    kernel = copy / "kernels" / "csrc" / "cpu" / "attention_kernel.h"
-    source = kernel.read_text()
-    for right, wrong in (
-        ("store(lse + i, log2(total)", "store(lse + i + bs, log2(total)"),
-        ("memset(s.reference, 0, sizeof(float) * TI)", "memset(s.reference, 0, 4 * TI + 4)"),
+    for file, right, wrong in (
+        ("attention.h", "store(lse + i, log2(total)", "store(lse + i + bs, log2(total)"),
+        (
+            "statistics.h",
+            "memset(s.reference, 0, sizeof(float) * T)",
+            "memset(s.reference, 0, 4 * T + 4)",
+        ),
     ):
+        kernel = copy / "kernels" / "csrc" / "cpu" / file
+        source = kernel.read_text()
         assert source.count(right) == 1
-        source = source.replace(right, wrong)
-    kernel.write_text(source)
+        kernel.write_text(source.replace(right, wrong))
     build_sanitized(copy)
     for file, chosen, mistake in (
         ("test_attention_semantics.py", "cpu-portable and one_block", "heap-buffer-overflow"),

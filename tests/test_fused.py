@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import BlockLayout, block_sparse_attention, fused, native
+from kernels import BlockLayout, block_sparse_attention, native
 from kernels.fused import (
     DropoutKey,
     attention_output_feed_forward,
@@ -458,7 +458,7 @@ PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def products(request, isa):
     """Each type of products that this instruction set has, autocast on for bf16."""
     bfloat = request.param == "bf16"
-    if bfloat and not fused._library().sat_layer_has_bfloat():
+    if bfloat and not native.load().sat_layer_has_bfloat():
         pytest.skip(f"{isa} on this CPU has no products of bf16")
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat):
         yield PRODUCTS[request.param]

@@ -1,56 +1,619 @@
-// Block-sparse attention, forward and backward: what kernels/cpu.py, attention.cpp and the kernels share.
+// Block-sparse attention, written once for every instruction set and number: a walk over tiles of T queries by T keys of one
+// (batch, head). The scores of a tile are held transposed, [T keys][T queries], so that vector lanes are queries: the softmax
+// needs no reduction across lanes, and a padded key is a row that is set to zero. An Engine (engine.h) takes the products:
 //
-// Shape letters: B batch, H heads, N padded length, d head_dim, bs block_size, nb = N / bs.
+//     S[j][i] = sum_c K[j][c] Q[i][c]            A: K where it is           B: Q, transposed
+//     dP[j][i] = sum_c V[j][c] dO[i][c]          A: V where it is           B: dO, transposed
+//     O[i][c] += sum_j P[j][i] V[j][c]           A: columns of P            B: rows of V
+//     dQ[i][c] += sum_j dS[j][i] K[j][c]         A: columns of dS           B: rows of K
+//     dV[j][c] += sum_i P[j][i] dO[i][c]         A: rows of P               B: rows of dO
+//     dK[j][c] += sum_i dS[j][i] Q[i][c]         A: rows of dS              B: rows of Q
+//
+// The forward pass takes exp2 of the raw scores, without a pass for the maximum: pruned logits are 0, so 0 is the natural
+// reference. Rows whose sum leaves the safe range are done again, with their true maximum.
+//
+// The result has the same bits for any number of threads: every output element is the sum of the same tiles in the same
+// order, whether one thread owns a (batch, head) or its rows and columns of blocks are spread over threads.
+//
+// Shape letters as in abi.h; T is 32 or 16; c is an index into d.
 #pragma once
 
-#include "abi.h"
+#include "engine.h"
 
-// A [B, H, N, d] tensor: address of its first element and strides in elements.
-struct SatTensor {
-    void* data;
-    int64_t batch, head, row, column;
+namespace SAT_ISA_NAMESPACE {
+namespace {
+
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float SAFE_SUM = 0x1p60f;    // unnormalised sums within [1 / SAFE_SUM, SAFE_SUM] keep full precision
+constexpr int MAX_BLOCK = 128;
+
+// ---- which keys ----
+
+enum KeysState : uint8_t { NO_KEY, SOME_KEYS, ALL_KEYS };
+
+KeysState state_of(const uint8_t* real, int count) {
+    if (!real) return ALL_KEYS;
+    int n = 0;
+    for (int j = 0; j < count; ++j) n += real[j] != 0;
+    return n == 0 ? NO_KEY : n == count ? ALL_KEYS : SOME_KEYS;
+}
+
+// The kept blocks of a row (or column), ascending.
+struct Blocks {
+    const int32_t* list;    // null: `first` and those that follow
+    int first, count;
+    int operator[](int n) const { return list ? list[n] : first + n; }
 };
 
-// One call. kernels/cpu.py fills the same fields in the same order. Outputs have column stride 1.
-struct SatAttention {
-    SatTensor query, key, value, out;          // dtype `type`
-    SatTensor dout, dquery, dkey, dvalue;      // backward only, dtype `type`
-    float* lse;                                // [B, H, N] log2 of the softmax denominator; +inf in rows without a key
-    const uint8_t* real;                       // [B, N] 1 = real token, or null: all are
-    const int32_t *row_offsets, *row_columns;  // kept blocks by row [nb + 1], [nnz]; null: all blocks (dense)
-    const int32_t *column_offsets, *column_rows;
-    int64_t B, H, N, d, bs;                    // d and bs are multiples of 16, at most 128
-    int64_t type;                              // SatType
-    int64_t pruned_zero;                       // 1: a pruned score counts as logit 0 in the denominator
-    int64_t threads;
-    float scale;
+// A tile of keys as queries of the row of blocks at hand see it: tiles of queries before `from` do not; the one that starts
+// at `from` sees, where it lies on a causal diagonal, no key after itself.
+struct Tile {
+    long first;             // key
+    const uint8_t* real;    // of its keys, null: all are
+    int from;
+    bool diagonal;
 };
 
-// Statistics of the dense probabilities. See kernels/statistics.py for what they mean.
-struct SatStatistics {
-    SatTensor query, key;
+// What hides some keys of a tile from a tile of queries.
+struct Hiding {
     const uint8_t* real;
-    float* mean;               // [groups, N, N], added to; or null
-    double* pooled_sum;        // [groups, nb, nb] sums over the group's heads of block means
-    double* square_sum;        // [groups, nb] sums of their squares over heads and a row of blocks
-    const float* row_weights;  // [B, N], or null: all rows weigh 1 and no real_sum is asked for
-    double* real_sum;          // [groups, nb, nb], zeroed: as pooled_sum, of rows by their weight
-    int64_t B, H, N, d, bs, groups;
-    int64_t type;
-    int64_t threads;
-    float scale;
-    float weight;              // factor on the mean
+    bool triangle;
+    explicit operator bool() const { return real || triangle; }
+    // x, zero in lanes that do not see key j; the lanes are queries [first, first + W) of the tile.
+    SAT_INLINE vec operator()(vec x, int j, int first) const {
+        if (real && !real[j]) return vec{};
+        if (!triangle) return x;
+        return reinterpret_cast<vec>(reinterpret_cast<ivec>(x) & (lane_numbers() >= j - first));
+    }
 };
 
-#define SAT_DECLARE_ATTENTION(isa)                       \
-    namespace isa {                                      \
-    int attention_forward(const SatAttention& call);     \
-    int attention_backward(const SatAttention& call);    \
-    int attention_statistics(const SatStatistics& call); \
+// ---- fetching ahead ----
+
+// Rows that will be read or written soon. They come from memory while something else is computed: no hardware prefetcher
+// knows the layout, and a burst of prefetches would wait for the few misses that a core can have under way.
+class Ahead {
+  public:
+    // Rows of `bytes` bytes, `stride` bytes apart.
+    void expect(const char* first, long stride, int rows, int bytes, bool written) {
+        if (last_ == CAPACITY) return;    // it is a hint
+        rows_ += rows;
+        pieces_[last_++] = {first, stride, rows, bytes, written};
+    }
+    // The rest is to be fetched within the next `calls` calls.
+    void within(int calls) { share_ = (rows_ + calls - 1) / calls; }
+    SAT_INLINE void operator()() {
+        for (int left = share_; left > 0 && first_ < last_;) {
+            Piece& piece = pieces_[first_];
+            const int n = piece.rows < left ? piece.rows : left;
+            for (int i = 0; i < n; ++i, piece.address += piece.stride)
+                for (int byte = 0; byte < piece.bytes; byte += 64)
+                    if (piece.written)
+                        __builtin_prefetch(piece.address + byte, 1);
+                    else
+                        __builtin_prefetch(piece.address + byte);
+            left -= n, rows_ -= n, piece.rows -= n;
+            if (!piece.rows) ++first_;
+        }
+        if (first_ == last_) first_ = last_ = 0;
     }
 
-SAT_DECLARE_ATTENTION(portable)
-SAT_DECLARE_ATTENTION(avx2)
-SAT_DECLARE_ATTENTION(avx512)
-SAT_DECLARE_ATTENTION(avx512_bf16)    // bf16 only, and so is
-SAT_DECLARE_ATTENTION(amx)
+  private:
+    struct Piece {
+        const char* address;
+        long stride;
+        int rows, bytes;
+        bool written;
+    };
+    static constexpr int CAPACITY = 16;
+    Piece pieces_[CAPACITY];
+    int first_ = 0, last_ = 0, rows_ = 0, share_ = 0;
+};
+
+// ---- products with a softmax ----
+
+// Engines<WIDE>: WIDE says that every depth is a multiple of 32 operands, else of 16.
+template <template <bool> class Engines, int D, int T>
+struct Products {
+    typedef Engines<D && T == 32> Engine;
+    typedef typename Engine::Operand Operand;
+    typedef typename Engine::Element Element;
+    static constexpr int NV = T / W;    // vectors of queries in a tile
+    static constexpr int NUM = Engine::NUM;
+
+    // p = exp2(scale k_j . q_i - reference[i]), zero where hidden; adds the sums over j to total[i].
+    template <bool HIDDEN>
+    static __attribute__((noinline)) void exp_scores(int d_, const Rows<Operand>& k, const Element* qt, float scale,
+                                                     const float* reference, const Hiding& hiding, Element* p, float* total,
+                                                     Ahead& ahead) {
+        const int d = D ? D : d_;
+        // The exponentials of one group of rows overlap with the products of the next.
+        Engine::template panel<T, NV>(d / NUM, RowFactor(k), {qt, T}, [&](int row, auto& s) __attribute__((always_inline)) {
+            constexpr int NR = sizeof(s) / sizeof(s[0]);
+            ahead();
+            SAT_UNROLL(16)
+            for (int v = 0; v < NV; ++v) {
+                const vec shift = load(reference + v * W);
+                vec sum{};
+                SAT_UNROLL(16)
+                for (int r = 0; r < NR; r += NUM) {
+                    vec x[NUM];
+                    SAT_UNROLL(2)
+                    for (int n = 0; n < NUM; ++n) {
+                        x[n] = Engine::exp_probs(s[r + n][v] * scale - shift);
+                        if (HIDDEN) x[n] = hiding(x[n], row + r + n, v * W);
+                    }
+                    sum = Engine::keep(sum, x, p + (row + r) / NUM * T + v * W);
+                }
+                store(total + v * W, load(total + v * W) + sum);
+            }
+        });
+    }
+
+    // top[i] = max over keys that are not hidden of scale k_j . q_i and top[i].
+    static __attribute__((noinline)) void max_scores(int d_, const Rows<Operand>& k, const Element* qt, float scale,
+                                                     const Hiding& hiding, float* top) {
+        const int d = D ? D : d_;
+        Engine::template panel<T, NV>(d / NUM, RowFactor(k), {qt, T}, [&](int row, auto& s) {
+            constexpr int NR = sizeof(s) / sizeof(s[0]);
+            for (int r = 0; r < NR; ++r)
+                for (int v = 0; v < NV; ++v) {
+                    // 0 where hidden, elsewhere all ones
+                    const ivec seen = reinterpret_cast<ivec>(hiding(reinterpret_cast<vec>(ivec{} - 1), row + r, v * W));
+                    const vec before = load(top + v * W), after = max(before, s[r][v] * scale);
+                    store(top + v * W, reinterpret_cast<vec>((reinterpret_cast<ivec>(after) & seen) |
+                                                             (reinterpret_cast<ivec>(before) & ~seen)));
+                }
+        });
+    }
+
+    // o[i][c] += sum_j p[j][i] v[j][c], or = where o is fresh; o [T][d].
+    static __attribute__((noinline)) void add_values(int d_, const Element* p, const Panel<Element>& v, float* o, bool fresh,
+                                                     Ahead& ahead) {
+        Engine::template add<T>(T / NUM, ColumnFactor<T>(p), v, o, D ? D : d_, fresh, ahead);
+    }
+
+    // dk[j][c] += sum_i p[j][i] q[i][c]
+    static __attribute__((noinline)) void add_keys(int d_, const Operand* p, const Panel<Element>& q, float* dk, Ahead& ahead) {
+        Engine::template add<T>(T / NUM, RowFactor(p, T), q, dk, D ? D : d_, false, ahead);
+    }
+
+    // p = exp2(scale k . q - lse), zero where hidden; ds = p * (v . do - delta), still without the factor `scale`.
+    template <bool HIDDEN>
+    static __attribute__((noinline)) void score_gradients(int d_, const Rows<Operand>& k, const Rows<Operand>& v,
+                                                          const Element* qt, const Element* dot, float scale,
+                                                          const float* lse, const float* delta, const Hiding& hiding,
+                                                          Operand* p, Operand* ds, Element* ds_columns, Ahead& ahead) {
+        const int d = D ? D : d_;
+        Engine::template panels<T, NV>(
+            d / NUM, RowFactor(k), {qt, T}, RowFactor(v), {dot, T},
+            [&](int row, auto& s, auto& dp) __attribute__((always_inline)) {
+                constexpr int NR = sizeof(s) / sizeof(s[0]);
+                ahead();
+                SAT_UNROLL(16)
+                for (int r = 0; r < NR; ++r)
+                    SAT_UNROLL(4)
+                    for (int n = 0; n < NV; ++n) {
+                        s[r][n] = Engine::exp_probs(s[r][n] * scale - load(lse + n * W));
+                        if (HIDDEN) s[r][n] = hiding(s[r][n], row + r, n * W);
+                        dp[r][n] = s[r][n] * (dp[r][n] - load(delta + n * W));
+                    }
+                Engine::template keep<T>(row, s, dp, p, ds, ds_columns);
+            });
+    }
+};
+
+// ---- the walk ----
+
+template <template <bool> class Engines, int D, int T>
+struct Walk : Products<Engines, D, T> {
+    typedef Products<Engines, D, T> Tiles;
+    typedef typename Tiles::Engine Engine;
+    typedef typename Tiles::Operand Operand;
+    typedef typename Tiles::Element Element;
+    static constexpr int NUM = Engine::NUM;
+    const SatAttention& call;
+    const int d;
+    const int bs;
+    const long nb;
+
+    explicit Walk(const SatAttention& c)
+        : call(c), d(D ? D : static_cast<int>(c.d)), bs(static_cast<int>(c.bs)), nb(c.N / c.bs) {}
+
+    // A row of blocks of one head; none where r is nb or beyond.
+    struct Place {
+        long b, h, r;
+    };
+
+    Blocks blocks_of(const int32_t* offsets, const int32_t* list, long h, long index) const {
+        if (!offsets) return {nullptr, 0, static_cast<int>(nb)};
+        offsets += (call.layouts > 1 ? h : 0) * (nb + 1) + index;
+        return {list + offsets[0], 0, offsets[1] - offsets[0]};
+    }
+    // The blocks of keys that a row of blocks keeps.
+    Blocks columns_of(const Place& at) const {
+        Blocks blocks = blocks_of(call.row_offsets, call.row_columns, at.h, at.r);
+        while (call.causal && blocks.count && blocks[blocks.count - 1] > at.r) --blocks.count;
+        return blocks;
+    }
+    // The rows of blocks that keep a column.
+    Blocks rows_of_column(long h, long c) const {
+        Blocks blocks = blocks_of(call.column_offsets, call.column_rows, h, c);
+        while (call.causal && blocks.count && blocks[0] < c) {
+            if (blocks.list) ++blocks.list;
+            else ++blocks.first;
+            --blocks.count;
+        }
+        return blocks;
+    }
+
+    const char* head(const SatTensor& t, const Place& at) const { return head_of(t, call.type, at.b, at.h); }
+    Rows<Operand> rows(const SatTensor& t, const Place& at, long first, int count, Operand* scratch) const {
+        return rows_of(t, call.type, head(t, at), first, count, d, scratch);
+    }
+    void write(const SatTensor& t, const Place& at, long first, int count, const float* from, const float* factor) const {
+        write_rows(t, call.type, head(t, at), first, count, d, from, factor);
+    }
+    void expect(Ahead& ahead, const SatTensor& t, const Place& at, long first, int count, bool written = false) const {
+        const int size = call.type == SAT_FLOAT32 ? 4 : 2;
+        ahead.expect(head(t, at) + first * t.row * size, t.row * size, count, d * size, written);
+    }
+
+    // Calls use(tile) for each tile of keys in `columns` that has a real key, and has the next one fetched within `calls`
+    // calls of ahead(). `next` is the row of blocks that comes after this one.
+    template <class Use>
+    SAT_INLINE void each_tile(const Blocks& columns, const Place& at, const Place& next, int calls, Ahead& ahead,
+                              Use use) const {
+        const uint8_t* real = call.real ? call.real + at.b * call.N : nullptr;
+        auto expect_tile = [&](const Place& place, long first) {
+            expect(ahead, call.key, place, first, T);
+            expect(ahead, call.value, place, first, T);
+        };
+        for (int n = 0; n < columns.count; ++n)
+            for (int t = 0; t < bs; t += T) {
+                const long first = static_cast<long>(columns[n]) * bs + t;
+                if (t + T < bs)
+                    expect_tile(at, first + T);
+                else if (n + 1 < columns.count)
+                    expect_tile(at, static_cast<long>(columns[n + 1]) * bs);
+                else if (next.r < nb) {
+                    const Blocks others = columns_of(next);
+                    if (others.count) expect_tile(next, static_cast<long>(others[0]) * bs);
+                }
+                ahead.within(calls);
+                const KeysState state = state_of(real ? real + first : nullptr, T);
+                const bool diagonal = call.causal && columns[n] == at.r;
+                if (state != NO_KEY) use(Tile{first, state == ALL_KEYS ? nullptr : real + first, diagonal ? t : 0, diagonal});
+            }
+    }
+
+    // ---- forward ----
+
+    struct Forward {
+        typename Engine::Session session;
+        mutable Ahead ahead;
+        Operand *rows, *keys, *values;    // copies of inputs that cannot be read in place
+        Element* qt;                      // [bs / T][d / NUM][T]
+        Element* v;                       // [T / NUM][d], where rows must be packed
+        Element* p;                       // [T / NUM][T]
+        float* o;                         // [bs][d]
+        float *reference, *total;         // [bs]
+        static size_t size(int d) {
+            return sizeof(Operand) * (2 * MAX_BLOCK * d + 3 * T * d + T * T) + 4 * MAX_BLOCK * (d + 2);
+        }
+        Forward(Scratch& s, int d)
+            : rows(s.take<Operand>(MAX_BLOCK * d)), keys(s.take<Operand>(T * d)), values(s.take<Operand>(T * d)),
+              qt(s.take<Element>(MAX_BLOCK * d / NUM)), v(s.take<Element>(T * d / NUM)), p(s.take<Element>(T * T / NUM)),
+              o(s.take(MAX_BLOCK * d)), reference(s.take(MAX_BLOCK)), total(s.take(MAX_BLOCK)) {}
+    };
+
+    // How many logits count as 0 for query i of a row of blocks.
+    struct Pruned {
+        float all;      // for every one
+        float slope;    // 1: and i + 1 more
+        explicit operator bool() const { return all || slope; }
+        SAT_INLINE vec operator()(int i) const {
+            return splat(all) + slope * __builtin_convertvector(lane_numbers() + (i + 1), vec);
+        }
+    };
+    Pruned pruned_of(const Blocks& columns, long r) const {
+        if (!call.pruned_zero) return {0, 0};
+        if (!call.causal) return {static_cast<float>((nb - columns.count) * bs), 0};
+        const bool diagonal = columns.count && columns[columns.count - 1] == r;
+        return {static_cast<float>((r - columns.count + diagonal) * bs), diagonal ? 0.0f : 1.0f};
+    }
+
+    void forward_row(const Place& at, const Place& next, const Forward& s) const {
+        const long first_row = at.r * bs;
+        const Blocks columns = columns_of(at);
+        const Pruned pruned = pruned_of(columns, at.r);
+        const float scale = call.scale * LOG2E;
+
+        Engine::template pack_columns<T>(rows(call.query, at, first_row, bs, s.rows), bs, d, s.qt);
+        expect(s.ahead, call.out, at, first_row, bs, true);
+        if (next.r < nb) expect(s.ahead, call.query, next, next.r * bs, bs);
+        long first_key = call.N;    // the first that any query sees
+        auto sweep = [&] {
+            memset(s.total, 0, sizeof(float) * bs);
+            first_key = call.N;
+            each_tile(columns, at, next, 4 * bs / T, s.ahead, [&](const Tile& tile) {
+                bool fresh = first_key == call.N;
+                if (fresh) {
+                    first_key = tile.first;
+                    while (tile.real && !tile.real[first_key - tile.first]) ++first_key;
+                    if (tile.from) memset(s.o, 0, sizeof(float) * tile.from * d);    // nobody sees less
+                }
+                const Rows<Operand> k = rows(call.key, at, tile.first, T, s.keys);
+                const Panel<Element> v = Engine::pack_rows(rows(call.value, at, tile.first, T, s.values), T, d, s.v);
+                for (int i = tile.from; i < bs; i += T) {
+                    const Element* qt = s.qt + i * (d / NUM);
+                    const Hiding hiding{tile.real, tile.diagonal && i == tile.from};
+                    if (hiding)
+                        Tiles::template exp_scores<true>(d, k, qt, scale, s.reference + i, hiding, s.p, s.total + i, s.ahead);
+                    else
+                        Tiles::template exp_scores<false>(d, k, qt, scale, s.reference + i, hiding, s.p, s.total + i, s.ahead);
+                    Tiles::add_values(d, s.p, v, s.o + i * d, fresh, s.ahead);
+                }
+            });
+        };
+        memset(s.reference, 0, sizeof(float) * bs);
+        sweep();
+        float* lse = call.lse + (at.b * call.H + at.h) * call.N + first_row;
+        if (first_key < call.N) {
+            if (!add_pruned(s, pruned)) {
+                find_maxima(columns, at, next, pruned, s);
+                sweep();
+                add_pruned(s, pruned);
+            }
+            for (int i = 0; i < bs; i += W) {
+                const vec total = load(s.total + i);
+                store(lse + i, log2(total) + load(s.reference + i));
+                store(s.total + i, 1.0f / total);
+            }
+        } else {
+            memset(s.o, 0, sizeof(float) * bs * d);
+        }
+        // Queries that see no key: all or none, unless it is causal.
+        const long blind = first_key < call.N && !call.causal ? 0 : first_key - first_row;
+        for (int i = 0; i < bs && i < blind; ++i) s.total[i] = 0, lse[i] = SAT_EMPTY;
+        write(call.out, at, first_row, bs, s.o, s.total);
+    }
+
+    // Adds the pruned logits to the sums; false if one lies outside the range where they are exact.
+    bool add_pruned(const Forward& s, const Pruned& pruned) const {
+        bool exact = true;
+        for (int i = 0; i < bs; i += W) {
+            vec total = load(s.total + i);
+            if (pruned) total += exp2(-load(s.reference + i)) * pruned(i);
+            store(s.total + i, total);
+            exact &= within(total, 1 / SAFE_SUM, SAFE_SUM);
+        }
+        return exact;
+    }
+
+    __attribute__((noinline)) void find_maxima(const Blocks& columns, const Place& at, const Place& next,
+                                               const Pruned& pruned, const Forward& s) const {
+        const vec none = splat(-__builtin_inff());
+        for (int i = 0; i < bs; i += W) store(s.reference + i, pruned(i) > 0.0f ? vec{} : none);
+        each_tile(columns, at, next, 1, s.ahead, [&](const Tile& tile) {
+            const Rows<Operand> k = rows(call.key, at, tile.first, T, s.keys);
+            for (int i = tile.from; i < bs; i += T)
+                Tiles::max_scores(d, k, s.qt + i * (d / NUM), call.scale * LOG2E, {tile.real, tile.diagonal && i == tile.from},
+                                  s.reference + i);
+        });
+        for (int i = 0; i < bs; i += W) {    // who sees no key needs a number all the same
+            const vec top = load(s.reference + i);
+            store(s.reference + i, top == none ? vec{} : top);
+        }
+    }
+
+    // ---- backward ----
+
+    struct Backward {
+        typename Engine::Session session;
+        mutable Ahead ahead;
+        Operand *rows, *drows, *orows, *keys, *values;    // copies of inputs that cannot be read in place
+        Element *qt, *dot;                                // [bs / T][d / NUM][T]
+        Element *q, *dout;                                // [bs / NUM][d], where rows must be packed
+        Element* k;                                       // [T / NUM][d]
+        Operand *p, *ds;                                  // [T][T], rows are keys
+        Element* ds_columns;                              // [T / NUM][T]
+        float* dq;                                        // [bs][d]
+        float *lse, *delta, *ones, *scales;               // [bs]
+        float *dk, *dv;                                   // [`accumulated`][d]
+        mutable Panel<Element> q_rows, dout_rows;         // of the row of blocks at hand
+        static size_t size(int d, long accumulated) {
+            return sizeof(Operand) * (7 * MAX_BLOCK * d + 3 * T * d + 3 * T * T) + 4 * MAX_BLOCK * (d + 4) + 8 * accumulated * d;
+        }
+        Backward(Scratch& s, int d, long accumulated, float scale)
+            : rows(s.take<Operand>(MAX_BLOCK * d)), drows(s.take<Operand>(MAX_BLOCK * d)),
+              orows(s.take<Operand>(MAX_BLOCK * d)), keys(s.take<Operand>(T * d)), values(s.take<Operand>(T * d)),
+              qt(s.take<Element>(MAX_BLOCK * d / NUM)), dot(s.take<Element>(MAX_BLOCK * d / NUM)),
+              q(s.take<Element>(MAX_BLOCK * d / NUM)), dout(s.take<Element>(MAX_BLOCK * d / NUM)),
+              k(s.take<Element>(T * d / NUM)), p(s.take<Operand>(T * T)), ds(s.take<Operand>(T * T)),
+              ds_columns(Engine::columns_of(ds, s.take<Element>(T * T / NUM))), dq(s.take(MAX_BLOCK * d)),
+              lse(s.take(MAX_BLOCK)), delta(s.take(MAX_BLOCK)), ones(s.take(MAX_BLOCK)), scales(s.take(MAX_BLOCK)),
+              dk(s.take(accumulated * d)), dv(s.take(accumulated * d)), q_rows{}, dout_rows{} {
+            for (int i = 0; i < MAX_BLOCK; ++i) ones[i] = 1.0f, scales[i] = scale;
+        }
+    };
+
+    // Packs what one row of blocks contributes.
+    void load_row(const Place& at, const Place& next, const Backward& s) const {
+        const long first = at.r * bs;
+        const Rows<Operand> q = rows(call.query, at, first, bs, s.rows), dout = rows(call.dout, at, first, bs, s.drows);
+        const Rows<Operand> out = rows(call.out, at, first, bs, s.orows);
+        Engine::template pack_columns<T>(q, bs, d, s.qt);
+        Engine::template pack_columns<T>(dout, bs, d, s.dot);
+        s.q_rows = Engine::pack_rows(q, bs, d, s.q);
+        s.dout_rows = Engine::pack_rows(dout, bs, d, s.dout);
+        const SatTensor* const inputs[] = {&call.query, &call.dout, &call.out};
+        if (next.r < nb)
+            for (const SatTensor* t : inputs) expect(s.ahead, *t, next, next.r * bs, bs);
+        memcpy(s.lse, call.lse + (at.b * call.H + at.h) * call.N + first, sizeof(float) * bs);
+        for (int i = 0; i < bs; i += W) {
+            vec products[W];
+            for (int n = 0; n < W; ++n) {
+                products[n] = vec{};
+                for (int c = 0; c < d; c += W) products[n] += load(dout.row(i + n) + c) * load(out.row(i + n) + c);
+            }
+            store(s.delta + i, sums(products));
+        }
+    }
+
+    // One tile of keys against one row of blocks.
+    template <bool DQ, bool DKV>
+    SAT_INLINE void backward_tile(const Place& at, const Tile& tile, float* dk, float* dv, bool fresh, const Backward& s) const {
+        const Rows<Operand> k = rows(call.key, at, tile.first, T, s.keys);
+        const Rows<Operand> v = rows(call.value, at, tile.first, T, s.values);
+        Panel<Element> k_rows{};
+        if (DQ) k_rows = Engine::pack_rows(k, T, d, s.k);
+        const float scale = call.scale * LOG2E;
+        for (int i = tile.from; i < bs; i += T) {
+            const Element *qt = s.qt + i * (d / NUM), *dot = s.dot + i * (d / NUM);
+            const Hiding hiding{tile.real, tile.diagonal && i == tile.from};
+            if (hiding)
+                Tiles::template score_gradients<true>(d, k, v, qt, dot, scale, s.lse + i, s.delta + i, hiding, s.p, s.ds,
+                                                      s.ds_columns, s.ahead);
+            else
+                Tiles::template score_gradients<false>(d, k, v, qt, dot, scale, s.lse + i, s.delta + i, hiding, s.p, s.ds,
+                                                       s.ds_columns, s.ahead);
+            if (DKV) {
+                Tiles::add_keys(d, s.p, s.dout_rows + i / NUM * s.dout_rows.stride, dv, s.ahead);
+                Tiles::add_keys(d, s.ds, s.q_rows + i / NUM * s.q_rows.stride, dk, s.ahead);
+            }
+            if (DQ) Tiles::add_values(d, s.ds_columns, k_rows, s.dq + i * d, fresh, s.ahead);
+        }
+    }
+
+    // Row r of blocks: dQ, and (where one thread owns the head) its share of dK and dV, [N][d].
+    template <bool DKV>
+    void backward_row(const Place& at, const Place& next, float* dk, float* dv, const Backward& s) const {
+        const Blocks columns = columns_of(at);
+        bool any_key = false;
+        expect(s.ahead, call.dquery, at, at.r * bs, bs, true);
+        if (columns.count) {
+            load_row(at, next, s);
+            each_tile(columns, at, next, 10 * bs / T, s.ahead, [&](const Tile& tile) {
+                if (!any_key && tile.from) memset(s.dq, 0, sizeof(float) * tile.from * d);
+                backward_tile<true, DKV>(at, tile, dk + tile.first * d, dv + tile.first * d, !any_key, s);
+                any_key = true;
+            });
+        }
+        if (!any_key) memset(s.dq, 0, sizeof(float) * bs * d);
+        write(call.dquery, at, at.r * bs, bs, s.dq, s.scales);
+    }
+
+    // One thread does heads [first, first + count) of an example, in turns.
+    void backward_heads(long b, long first, long count, const Backward& s) const {
+        memset(s.dk, 0, sizeof(float) * count * call.N * d);
+        memset(s.dv, 0, sizeof(float) * count * call.N * d);
+        for (long r = 0; r < nb; ++r)
+            for (long n = 0; n < count; ++n) {
+                const Place next = {b, first + (n + 1) % count, r + (n + 1) / count};
+                backward_row<true>({b, first + n, r}, next, s.dk + n * call.N * d, s.dv + n * call.N * d, s);
+            }
+        for (long r = 0; r < nb; ++r)
+            for (long n = 0; n < count; ++n) {
+                const Place at = {b, first + n, r};
+                expect(s.ahead, call.dkey, at, (r + 1) % nb * bs, bs, true);
+                expect(s.ahead, call.dvalue, at, (r + 1) % nb * bs, bs, true);
+                s.ahead.within(1);
+                s.ahead();
+                const long offset = (n * call.N + r * bs) * d;
+                write(call.dkey, at, r * bs, bs, s.dk + offset, s.scales);
+                write(call.dvalue, at, r * bs, bs, s.dv + offset, s.ones);
+            }
+    }
+
+    // Column c of blocks: dK and dV alone, when the heads are too few to give every thread one.
+    void backward_column(long b, long h, long c, const Backward& s) const {
+        memset(s.dk, 0, sizeof(float) * bs * d);
+        memset(s.dv, 0, sizeof(float) * bs * d);
+        const Blocks rows = rows_of_column(h, c);
+        const int32_t column = static_cast<int32_t>(c);
+        for (int n = 0; n < rows.count; ++n) {
+            const Place at = {b, h, rows[n]}, none = {b, h, nb};
+            load_row(at, {b, h, n + 1 < rows.count ? rows[n + 1] : nb}, s);
+            each_tile({&column, 0, 1}, at, none, 8 * bs / T, s.ahead, [&](const Tile& tile) {
+                const long offset = (tile.first - c * bs) * d;
+                backward_tile<false, true>(at, tile, s.dk + offset, s.dv + offset, false, s);
+            });
+        }
+        write(call.dkey, {b, h, c}, c * bs, bs, s.dk, s.scales);
+        write(call.dvalue, {b, h, c}, c * bs, bs, s.dv, s.ones);
+    }
+
+    // ---- whole calls ----
+
+    int forward() const {
+        const long H = call.H, heads = call.B * H;
+        return spread(
+            call.threads, heads * nb, call.B >= call.threads ? nb * H : 1, Forward::size(d),
+            [&](Scratch& scratch) { return Forward(scratch, d); },
+            [&](const Forward& s, long i) {
+                // The heads of an example lie side by side in memory: one thread takes them in turns.
+                const Place at = {i / H / nb, i % H, i / H % nb};
+                forward_row(at, {at.b, (at.h + 1) % H, at.r + (at.h + 1) / H}, s);
+            });
+    }
+
+    int backward() const {
+        const long H = call.H, heads = call.B * H;
+        // Beyond 2 MiB the sums of all heads leave the cache, and taking heads in turns gains nothing.
+        const bool in_cache = 2 * sizeof(float) * H * call.N * d <= (2 << 20);
+        const long together = call.B >= call.threads && in_cache ? H : heads >= call.threads ? 1 : 0;
+        const long accumulated = together ? together * call.N : bs;
+        const size_t size = Backward::size(d, accumulated);
+        auto make = [&](Scratch& scratch) { return Backward(scratch, d, accumulated, call.scale); };
+        if (together)
+            return spread(call.threads, heads / together, 1, size, make, [&](const Backward& s, long i) {
+                backward_heads(i * together / H, i * together % H, together, s);
+            });
+        const int status = spread(call.threads, heads * nb, 1, size, make, [&](const Backward& s, long i) {
+            const Place at = {i / nb / H, i / nb % H, i % nb};
+            backward_row<false>(at, {at.b, at.h, at.r + 1}, nullptr, nullptr, s);
+        });
+        if (status != SAT_OK) return status;
+        return spread(call.threads, heads * nb, 1, size, make, [&](const Backward& s, long i) {
+            backward_column(i / nb / H, i / nb % H, i % nb, s);
+        });
+    }
+};
+
+// ---- calls ----
+
+// Calls run(walk) with the Walk (or Statistics) made for the call's head_dim and block_size.
+template <template <template <bool> class, int, int> class Made, template <bool> class Engine, class Call, class Run>
+int with_tiles(const Call& call, Run run) {
+    if (call.d < 16 || call.d > 128 || call.d % 16 || call.bs < 16 || call.bs > MAX_BLOCK || call.bs % 16 || call.N % call.bs)
+        return SAT_NOT_SUPPORTED;
+    if (call.type != SAT_BFLOAT16 && (call.type != SAT_FLOAT32 || Engine<true>::NUM == 2)) return SAT_NOT_SUPPORTED;
+#if SAT_WIDTH > 4    // the portable path has too few registers for more, and takes long to compile
+    if (call.bs % 32 == 0) {
+        if (call.d == 32) return run(Made<Engine, 32, 32>(call));
+        if (call.d == 64) return run(Made<Engine, 64, 32>(call));
+        if (call.d == 128) return run(Made<Engine, 128, 32>(call));
+        return run(Made<Engine, 0, 32>(call));
+    }
+#endif
+    return run(Made<Engine, 0, 16>(call));
+}
+
+}    // namespace
+}    // namespace SAT_ISA_NAMESPACE
+
+#include "statistics.h"
+
+// Defines the operations of an instruction set by an engine.
+#define SAT_DEFINE_ATTENTION(Engine)                                                                         \
+    namespace SAT_ISA_NAMESPACE {                                                                            \
+    int attention_forward(const SatAttention& call) {                                                        \
+        return with_tiles<Walk, Engine>(call, [](const auto& walk) { return walk.forward(); });              \
+    }                                                                                                        \
+    int attention_backward(const SatAttention& call) {                                                       \
+        return with_tiles<Walk, Engine>(call, [](const auto& walk) { return walk.backward(); });             \
+    }                                                                                                        \
+    int attention_statistics(const SatStatistics& call) {                                                    \
+        return with_tiles<Statistics, Engine>(call, [](const auto& statistics) { return statistics.run(); }); \
+    }                                                                                                        \
+    }

@@ -1,10 +1,11 @@
-// The products of attention_bf16.h with AMX: tdpbf16ps multiplies whole tiles, 16 rows by 16 columns by 16 (or 8) pairs.
+// Attention in bf16 with AMX: tdpbf16ps multiplies whole tiles, 16 rows by 16 columns by 16 (or 8) pairs.
 //
 // Written against the intrinsics' documentation and tested on an emulation of them (tests/amx_emulation): it has not met a
 // processor with AMX yet.
 #define SAT_ISA_NAMESPACE amx
 #define SAT_WIDTH 16
-#include "attention_bf16.h"
+#include "attention.h"
+#include "engine_bf16.h"
 
 #ifdef SAT_AMX_EMULATION
 #include "amx_emulation.h"
@@ -25,7 +26,7 @@ static_assert(sizeof(TileConfig) == 64, "64 bytes");
 SAT_INLINE void finish_stores() { asm volatile("" ::: "memory"); }
 
 template <bool WIDE>
-struct Tiles {
+struct TileEngine : Bfloat16 {
     static constexpr int STEP = WIDE ? 16 : 8;    // pairs that one instruction takes
 
     // Tiles 0 to 3 accumulate, 4 and 5 hold A, 6 and 7 hold B.
@@ -53,7 +54,7 @@ struct Tiles {
         return {a.data + row * a.row_bytes + 4 * k, a.row_bytes};
     }
     template <int COLUMNS>
-    static SAT_INLINE Window window(const PairFactor<COLUMNS>& a, int row, long k, float* buffer) {
+    static SAT_INLINE Window window(const ColumnFactor<COLUMNS>& a, int row, long k, float* buffer) {
         const float* pairs_of_k = reinterpret_cast<const float*>(a.data) + k * COLUMNS + row;
         vec x[W];
         SAT_UNROLL(16)
@@ -66,7 +67,7 @@ struct Tiles {
 
     // C = A B, or C += A B, for RT by CT tiles of C.
     template <int RT, int CT, class A>
-    static SAT_INLINE void block(long depth, const A& a, const uint32_t* b, long columns, float* c, long c_columns,
+    static SAT_INLINE void block(long depth, const A& a, const Panel<uint32_t>& b, float* c, long c_columns,
                                  bool fresh) {
         alignas(64) float buffer[2][W * W];
         const long c_bytes = 4 * c_columns;
@@ -89,10 +90,10 @@ struct Tiles {
             if constexpr (RT > 1) second = window(a, W, k, buffer[1]);
             finish_stores();
             _tile_loadd(4, first.data, first.row_bytes);
-            _tile_loadd(6, b + k * columns, 4 * columns);
+            _tile_loadd(6, b.data + k * b.stride, 4 * b.stride);
             _tile_dpbf16ps(0, 4, 6);
             if constexpr (CT > 1) {
-                _tile_loadd(7, b + k * columns + W, 4 * columns);
+                _tile_loadd(7, b.data + k * b.stride + W, 4 * b.stride);
                 _tile_dpbf16ps(1, 4, 7);
             }
             if constexpr (RT > 1) {
@@ -108,33 +109,25 @@ struct Tiles {
     }
 
     template <int ROWS, class A, class Pause>
-    static SAT_INLINE void add(long depth, const A& a, const uint32_t* b, float* c, long columns, bool fresh, Pause& pause) {
+    static SAT_INLINE void add(long depth, const A& a, const Panel<uint32_t>& b, float* c, long columns, bool fresh,
+                               Pause& pause) {
         constexpr int RT = ROWS / W;
         static_assert(ROWS % W == 0 && RT <= 2, "a product is one or two tiles high");
         long first = 0;
         for (; first + 2 * W <= columns; first += 2 * W) {
             pause();
-            block<RT, 2>(depth, a, b + first, columns, c + first, columns, fresh);
+            block<RT, 2>(depth, a, b + first, c + first, columns, fresh);
         }
         if (first < columns) {
             pause();
-            block<RT, 1>(depth, a, b + first, columns, c + first, columns, fresh);
+            block<RT, 1>(depth, a, b + first, c + first, columns, fresh);
         }
     }
 
-    // Rows [row, row + NR) of a product in memory.
-    template <int NR, int NV>
-    static SAT_INLINE void read(vec (&acc)[NR][NV], const float* c, int row) {
-        SAT_UNROLL(16)
-        for (int r = 0; r < NR; ++r)
-            SAT_UNROLL(4)
-            for (int v = 0; v < NV; ++v) acc[r][v] = load(c + (row + r) * NV * W + v * W);
-    }
-
     template <int ROWS, int NV, class A, class Emit>
-    static SAT_INLINE void panel(long depth, const A& a, const uint32_t* b, long columns, Emit emit) {
+    static SAT_INLINE void panel(long depth, const A& a, const Panel<uint32_t>& b, Emit emit) {
         alignas(64) float c[ROWS * NV * W];
-        block<ROWS / W, NV>(depth, a, b, columns, c, NV * W, true);
+        block<ROWS / W, NV>(depth, a, b, c, NV * W, true);
         for (int row = 0; row < ROWS; row += 4) {
             vec acc[4][NV];
             read(acc, c, row);
@@ -143,11 +136,11 @@ struct Tiles {
     }
 
     template <int ROWS, int NV, class A, class Emit>
-    static SAT_INLINE void panels(long depth, const A& a, const uint32_t* b, const A& a2, const uint32_t* b2, long columns,
+    static SAT_INLINE void panels(long depth, const A& a, const Panel<uint32_t>& b, const A& a2, const Panel<uint32_t>& b2,
                                   Emit emit) {
         alignas(64) float c[ROWS * NV * W], c2[ROWS * NV * W];
-        block<ROWS / W, NV>(depth, a, b, columns, c, NV * W, true);
-        block<ROWS / W, NV>(depth, a2, b2, columns, c2, NV * W, true);
+        block<ROWS / W, NV>(depth, a, b, c, NV * W, true);
+        block<ROWS / W, NV>(depth, a2, b2, c2, NV * W, true);
         for (int row = 0; row < ROWS; row += 4) {
             vec acc[4][NV], acc2[4][NV];
             read(acc, c, row);
@@ -158,9 +151,6 @@ struct Tiles {
 };
 
 }    // namespace
-
-int attention_forward(const SatAttention& call) { return forward_with<Tiles>(call); }
-int attention_backward(const SatAttention& call) { return backward_with<Tiles>(call); }
-int attention_statistics(const SatStatistics& call) { return statistics_with<Tiles>(call); }
-
 }    // namespace SAT_ISA_NAMESPACE
+
+SAT_DEFINE_ATTENTION(TileEngine)

@@ -1,4 +1,5 @@
 #define SAT_ISA_NAMESPACE avx512
 #define SAT_WIDTH 16
-#define SAT_SPECIALISED
-#include "attention_kernel.h"
+#include "attention.h"
+
+SAT_DEFINE_ATTENTION(FloatEngine)

@@ -40,6 +40,12 @@ struct bf16 {
     uint16_t bits;
 };
 
+SAT_INLINE ivec lane_numbers() {
+    ivec lanes;
+    for (int i = 0; i < W; ++i) lanes[i] = i;
+    return lanes;
+}
+
 SAT_INLINE vec splat(float x) { return x - vec{}; }    // x - 0 is x for every x; x + 0 is not, and costs an add
 SAT_INLINE vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
 SAT_INLINE void store(float* p, vec x) { *reinterpret_cast<vec_unaligned*>(p) = x; }
@@ -213,6 +219,15 @@ SAT_INLINE vec total(vec x) {
         return x;
     else
         return total<HALF / 2>(x + exchange<HALF>(x, AllLanes()));
+}
+
+// Lane n: the sum of x[n].
+SAT_INLINE vec sums(vec (&x)[W]) {
+    transpose(x);
+    for (int step = W / 2; step; step /= 2)
+        SAT_UNROLL(8)
+        for (int r = 0; r < step; ++r) x[r] += x[r + step];
+    return x[0];
 }
 
 SAT_INLINE float sum(vec x) {

@@ -1,23 +1,23 @@
-// Dropout with its neighbours: residual + dropout + layer norm, GELU + dropout, embedding + position + dropout +
-// layer norm, forward and backward. One pass over the tokens each; masks are drawn anew in the backward pass.
+// Dropout with its neighbours, a row of tokens at a time: residual + dropout + layer norm, embedding + position + dropout +
+// layer norm, GELU + dropout, the mean over tokens; forward and backward. One pass over the tokens each; masks are drawn anew
+// in the backward pass.
 //
 // Rows are tokens of E features, E a multiple of 32 (a block of the mask generator never crosses two rows).
 // Sums over tokens (gradients of the norm's weight and bias, of the tables) are taken in pieces whose borders
 // depend on the shapes and the ids alone, then added in order: the same bits for any number of threads.
-//
-// Included by fused_<isa>.cpp, see simd.h.
 #pragma once
 
-#include "fused_abi.h"
+#include "abi.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace SAT_ISA_NAMESPACE {
+namespace {
 
 // ---- dropout: the generator of kernels/fused.py, bit by bit -------------------------------------
 
-static const int MASK_BLOCK = 32;             // elements that share 16 words of 32 bits
-static const int PARTS = MASK_BLOCK / W;      // vectors of a block
+constexpr int MASK_BLOCK = 32;             // elements that share 16 words of 32 bits
+constexpr int PARTS = MASK_BLOCK / W;      // vectors of a block
 
 struct ExampleKey {
     uint32_t low, high;
@@ -29,12 +29,6 @@ SAT_INLINE ExampleKey example_key(uint64_t site_key, int64_t example) {
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     z ^= z >> 31;
     return {static_cast<uint32_t>(z), static_cast<uint32_t>(z >> 32)};
-}
-
-SAT_INLINE ivec lane_numbers() {
-    ivec lanes;
-    for (int i = 0; i < W; ++i) lanes[i] = i;
-    return lanes;
 }
 
 // Which lanes of a vector are kept: bits where the hardware has registers for them, else all ones or zeros a lane.
@@ -152,155 +146,194 @@ SAT_INLINE void norm_backward_row(const Y* y, const Y* dy, const Normed* dnormed
     }
 }
 
-// Adds the pieces' partial sums in order.
-static void add_pieces(const float* pieces, int64_t count, int64_t size, float* out) {
-    for (int64_t i = 0; i < size; ++i) out[i] = pieces[i];
-    for (int64_t piece = 1; piece < count; ++piece)
-        for (int64_t i = 0; i < size; ++i) out[i] += pieces[piece * size + i];
+template <class T>
+SAT_INLINE void add_into(float* sum, const T* row, int64_t width) {
+    for (int64_t i = 0; i < width; i += W) store(sum + i, load(sum + i) + load(row + i));
+}
+
+// Calls out(i, dropout(in(i))) for every W-th i of a row of `width` elements.
+template <class In, class Out>
+SAT_INLINE void drop_row(uint32_t threshold, float scale, const Position& at, int64_t width, In in, Out out) {
+    const vec factor = splat(scale);
+    for (int64_t block = 0; block < width / MASK_BLOCK; ++block) {
+        Keep keep[PARTS];
+        keep_block(at.key, at.token * (width / MASK_BLOCK) + block, threshold, keep);
+        SAT_UNROLL(8)
+        for (int i = 0; i < PARTS; ++i) {
+            const int64_t j = block * MASK_BLOCK + i * W;
+            out(j, scale_kept(keep[i], in(j), factor));
+        }
+    }
+}
+
+// Calls work(row, position, begin(piece)) for each row of each piece of SAT_PIECE rows.
+template <class Begin, class Work>
+SAT_INLINE void each_row(const SatNorm& a, Begin begin, Work work) {
+    spread(a.threads, (a.rows + SAT_PIECE - 1) / SAT_PIECE, [&](int64_t piece) {
+        const int64_t first = piece * SAT_PIECE, end = a.rows < first + SAT_PIECE ? a.rows : first + SAT_PIECE;
+        auto of_piece = begin(piece);
+        Position at(a.length, a.site_key, a.first_example, first);
+        for (int64_t row = first; row < end; ++row, at.next()) work(row, at, of_piece);
+    });
+}
+
+// A piece's sums, zero: [2, E] of the gradients of the norm's weight and bias.
+SAT_INLINE float* begin_sums(float* pieces, int64_t piece, int64_t E) {
+    float* sums = pieces + piece * 2 * E;
+    for (int64_t i = 0; i < 2 * E; ++i) sums[i] = 0.0f;
+    return sums;
+}
+
+// Adds the pieces' partial sums in order; threads share the sums, not the pieces.
+void add_pieces(const float* pieces, int64_t rows, int64_t rows_of_piece, int64_t size, int threads, float* out) {
+    const int64_t count = (rows + rows_of_piece - 1) / rows_of_piece;
+    spread(threads, (size + 511) / 512, [&](int64_t part) {
+        const int64_t stop = size < part * 512 + 512 ? size : part * 512 + 512;
+        for (int64_t i = part * 512; i < stop; ++i) out[i] = pieces[i];
+        for (int64_t piece = 1; piece < count; ++piece)
+            for (int64_t i = part * 512; i < stop; ++i) out[i] += pieces[piece * size + i];
+    });
+}
+
+template <int N>
+struct Width {
+    static constexpr int value = N;
+};
+
+// Calls run(width, stream, branch, normed): null pointers of the types, and the width where it is compiled as a constant (64,
+// the one of every task), else 0.
+template <class Run>
+SAT_INLINE int with_types(const SatNorm& a, Run run) {
+    const auto with = [&](auto stream, auto branch, auto normed) {
+        a.features == 64 ? run(Width<64>(), stream, branch, normed) : run(Width<0>(), stream, branch, normed);
+        return SAT_OK;
+    };
+    const float* wide = nullptr;
+    const bf16* narrow = nullptr;
+    switch (a.types) {
+        case SAT_ALL_FLOAT: return with(wide, wide, wide);
+        case SAT_FLOAT_STREAM: return with(wide, narrow, narrow);
+        case SAT_ALL_BFLOAT: return with(narrow, narrow, narrow);
+    }
+    return SAT_NOT_SUPPORTED;
+}
+
+// The same for operations on one type.
+template <class Run>
+SAT_INLINE int with_type(int type, Run run) {
+    if (type == SAT_FLOAT32)
+        run(static_cast<const float*>(nullptr));
+    else if (type == SAT_BFLOAT16)
+        run(static_cast<const bf16*>(nullptr));
+    else
+        return SAT_NOT_SUPPORTED;
+    return SAT_OK;
+}
+
+// Drops out a row into `to` and takes its norm, as rounded: what the backward pass will see.
+template <int FIXED, class X, class Normed, class In, class Out>
+SAT_INLINE void drop_and_norm(const SatNorm& a, const Position& at, int64_t row, X* to, Normed* normed, float* stats, In in,
+                              Out out) {
+    const int64_t E = features<FIXED>(a.features);
+    float buffer[FIXED ? FIXED : SAT_MAX_FEATURES];
+    drop_row(a.threshold, a.scale, at, E, in, [&](int64_t j, vec v) {
+        store(to + row * E + j, out(j, v));
+        store(buffer + j, load(to + row * E + j));
+    });
+    row_statistics<FIXED>(buffer, E, a.eps, stats + 2 * row);
+    normalise_row<FIXED>(buffer, E, stats + 2 * row, a.weight, a.bias, normed + row * E);
 }
 
 // ---- y = x + dropout(branch), LayerNorm(y) ------------------------------------------------------
 
 template <int FIXED, class X, class Branch, class Normed>
-static void add_norm(const SatNorm& a, const X* x, const Branch* branch, X* y, Normed* normed, float* stats) {
-    const int64_t E = features<FIXED>(a.features), blocks = E / MASK_BLOCK;
-    const vec scale = splat(a.scale);
-    spread(a.threads, sat_pieces(a.rows), [&](int64_t piece) {
-        float buffer[SAT_MAX_FEATURES];
-        const int64_t end = a.rows < (piece + 1) * SAT_PIECE ? a.rows : (piece + 1) * SAT_PIECE;
-        Position at_row(a.length, a.site_key, a.first_example, piece * SAT_PIECE);
-        for (int64_t row = piece * SAT_PIECE; row < end; ++row, at_row.next()) {
-            SAT_UNROLL(4)
-            for (int64_t block = 0; block < blocks; ++block) {
-                Keep keep[PARTS];
-                keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
-                SAT_UNROLL(8)
-                for (int i = 0; i < PARTS; ++i) {
-                    const int64_t at = block * MASK_BLOCK + i * W;
-                    const vec b = scale_kept(keep[i], load(branch + row * E + at), scale);
-                    store(y + row * E + at, load(x + row * E + at) + b);
-                    store(buffer + at, load(y + row * E + at));    // as rounded: what the backward pass will see
-                }
-            }
-            row_statistics<FIXED>(buffer, E, a.eps, stats + 2 * row);
-            normalise_row<FIXED>(buffer, E, stats + 2 * row, a.weight, a.bias, normed + row * E);
-        }
+void add_norm(const SatAddNorm& call, const X*, const Branch*, const Normed*) {
+    const int64_t E = features<FIXED>(call.norm.features);
+    const X* const x = static_cast<const X*>(call.x);
+    const Branch* const branch = static_cast<const Branch*>(call.branch);
+    each_row(call.norm, [](int64_t) { return 0; }, [&](int64_t row, const Position& at, int) {
+        drop_and_norm<FIXED>(
+            call.norm, at, row, static_cast<X*>(call.y), static_cast<Normed*>(call.normed), call.stats,
+            [&](int64_t j) { return load(branch + row * E + j); },
+            [&](int64_t j, vec v) { return load(x + row * E + j) + v; });
     });
 }
 
 template <int FIXED, class X, class Branch, class Normed>
-static void add_norm_backward(const SatNorm& a, const X* y, const float* stats, const X* dy, const Normed* dnormed,
-                              X* dx, Branch* dbranch, float* pieces, float* dparameters) {
-    const int64_t E = features<FIXED>(a.features), blocks = E / MASK_BLOCK;
-    const vec scale = splat(a.scale);
-    spread(a.threads, sat_pieces(a.rows), [&](int64_t piece) {
-        float buffer[SAT_MAX_FEATURES];
-        float* dweight = pieces + piece * 2 * E;
-        for (int64_t i = 0; i < 2 * E; ++i) dweight[i] = 0.0f;
-        const int64_t end = a.rows < (piece + 1) * SAT_PIECE ? a.rows : (piece + 1) * SAT_PIECE;
-        Position at_row(a.length, a.site_key, a.first_example, piece * SAT_PIECE);
-        for (int64_t row = piece * SAT_PIECE; row < end; ++row, at_row.next()) {
-            const int64_t start = row * E;
-            norm_backward_row<FIXED>(y + start, dy ? dy + start : dy, dnormed + start, E, stats + 2 * row, a.weight,
-                                     dweight, dweight + E, buffer);
-            SAT_UNROLL(4)
-            for (int64_t block = 0; block < blocks; ++block) {
-                Keep keep[PARTS];
-                keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
-                SAT_UNROLL(8)
-                for (int i = 0; i < PARTS; ++i) {
-                    const int64_t at = block * MASK_BLOCK + i * W;
-                    const vec d = load(buffer + at);
-                    store(dx + start + at, d);
-                    store(dbranch + start + at, scale_kept(keep[i], d, scale));
-                }
-            }
-        }
-    });
-    add_pieces(pieces, sat_pieces(a.rows), 2 * E, dparameters);
+void add_norm_backward(const SatAddNormBackward& call, const X*, const Branch*, const Normed*) {
+    const SatNorm& a = call.norm;
+    const int64_t E = features<FIXED>(a.features);
+    const X *const y = static_cast<const X*>(call.y), *const dy = static_cast<const X*>(call.dy);
+    const Normed* const dnormed = static_cast<const Normed*>(call.dnormed);
+    X* const dx = static_cast<X*>(call.dx);
+    Branch* const dbranch = static_cast<Branch*>(call.dbranch);
+    each_row(a, [&](int64_t piece) { return begin_sums(call.pieces, piece, E); },
+             [&](int64_t row, const Position& at, float* dweight) {
+                 float buffer[FIXED ? FIXED : SAT_MAX_FEATURES];
+                 const int64_t start = row * E;
+                 norm_backward_row<FIXED>(y + start, dy ? dy + start : dy, dnormed + start, E, call.stats + 2 * row, a.weight,
+                                          dweight, dweight + E, buffer);
+                 drop_row(a.threshold, a.scale, at, E,
+                          [&](int64_t j) {
+                              const vec d = load(buffer + j);
+                              store(dx + start + j, d);
+                              return d;
+                          },
+                          [&](int64_t j, vec v) { store(dbranch + start + j, v); });
+             });
+    add_pieces(call.pieces, a.rows, SAT_PIECE, 2 * E, a.threads, call.dparameters);
 }
 
 // ---- x = dropout(word_table[ids] + position_table), LayerNorm(x) --------------------------------
 
 template <int FIXED, class X, class Normed>
-static void embed_norm(const SatNorm& a, const int64_t* ids, const X* words, const X* positions, X* x, Normed* normed,
-                       float* stats) {
-    const int64_t E = features<FIXED>(a.features), blocks = E / MASK_BLOCK;
-    const vec scale = splat(a.scale);
-    spread(a.threads, sat_pieces(a.rows), [&](int64_t piece) {
-        float buffer[SAT_MAX_FEATURES];
-        const int64_t end = a.rows < (piece + 1) * SAT_PIECE ? a.rows : (piece + 1) * SAT_PIECE;
-        Position at_row(a.length, a.site_key, a.first_example, piece * SAT_PIECE);
-        for (int64_t row = piece * SAT_PIECE; row < end; ++row, at_row.next()) {
-            const X* word = words + ids[row] * E;
-            const X* position = positions + at_row.token * E;
-            SAT_UNROLL(4)
-            for (int64_t block = 0; block < blocks; ++block) {
-                Keep keep[PARTS];
-                keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
-                SAT_UNROLL(8)
-                for (int i = 0; i < PARTS; ++i) {
-                    const int64_t at = block * MASK_BLOCK + i * W;
-                    const vec sum = load(word + at) + load(position + at);
-                    store(x + row * E + at, scale_kept(keep[i], sum, scale));
-                    store(buffer + at, load(x + row * E + at));
-                }
-            }
-            row_statistics<FIXED>(buffer, E, a.eps, stats + 2 * row);
-            normalise_row<FIXED>(buffer, E, stats + 2 * row, a.weight, a.bias, normed + row * E);
-        }
+void embed_norm(const SatEmbedNorm& call, const X*, const Normed*) {
+    const int64_t E = features<FIXED>(call.norm.features);
+    const X *const words = static_cast<const X*>(call.words), *const positions = static_cast<const X*>(call.positions);
+    each_row(call.norm, [](int64_t) { return 0; }, [&](int64_t row, const Position& at, int) {
+        const X *word = words + call.ids[row] * E, *position = positions + at.token * E;
+        drop_and_norm<FIXED>(
+            call.norm, at, row, static_cast<X*>(call.x), static_cast<Normed*>(call.normed), call.stats,
+            [&](int64_t j) { return load(word + j) + load(position + j); }, [&](int64_t, vec v) { return v; });
     });
 }
 
 // dsum [rows, E]: the gradient of word + position at every token.
 template <int FIXED, class X, class Normed>
-static void embed_norm_backward(const SatNorm& a, const X* x, const float* stats, const X* dx, const Normed* dnormed,
-                                float* dsum, float* pieces, float* dparameters) {
-    const int64_t E = features<FIXED>(a.features), blocks = E / MASK_BLOCK;
-    const vec scale = splat(a.scale);
-    spread(a.threads, sat_pieces(a.rows), [&](int64_t piece) {
-        float* dweight = pieces + piece * 2 * E;
-        for (int64_t i = 0; i < 2 * E; ++i) dweight[i] = 0.0f;
-        const int64_t end = a.rows < (piece + 1) * SAT_PIECE ? a.rows : (piece + 1) * SAT_PIECE;
-        Position at_row(a.length, a.site_key, a.first_example, piece * SAT_PIECE);
-        for (int64_t row = piece * SAT_PIECE; row < end; ++row, at_row.next()) {
-            const int64_t start = row * E;
-            norm_backward_row<FIXED>(x + start, dx ? dx + start : dx, dnormed + start, E, stats + 2 * row, a.weight,
-                                     dweight, dweight + E, dsum + start);
-            SAT_UNROLL(4)
-            for (int64_t block = 0; block < blocks; ++block) {
-                Keep keep[PARTS];
-                keep_block(at_row.key, at_row.token * blocks + block, a.threshold, keep);
-                SAT_UNROLL(8)
-                for (int i = 0; i < PARTS; ++i) {
-                    float* d = dsum + start + block * MASK_BLOCK + i * W;
-                    store(d, scale_kept(keep[i], load(d), scale));
-                }
-            }
-        }
-    });
-    add_pieces(pieces, sat_pieces(a.rows), 2 * E, dparameters);
+void embed_norm_backward(const SatEmbedNormBackward& call, const X*, const Normed*) {
+    const SatNorm& a = call.norm;
+    const int64_t E = features<FIXED>(a.features);
+    const X *const x = static_cast<const X*>(call.x), *const dx = static_cast<const X*>(call.dx);
+    const Normed* const dnormed = static_cast<const Normed*>(call.dnormed);
+    each_row(a, [&](int64_t piece) { return begin_sums(call.pieces, piece, E); },
+             [&](int64_t row, const Position& at, float* dweight) {
+                 const int64_t start = row * E;
+                 float* const dsum = call.dsum + start;
+                 norm_backward_row<FIXED>(x + start, dx ? dx + start : dx, dnormed + start, E, call.stats + 2 * row, a.weight,
+                                          dweight, dweight + E, dsum);
+                 drop_row(a.threshold, a.scale, at, E, [&](int64_t j) { return load(dsum + j); },
+                          [&](int64_t j, vec v) { store(dsum + j, v); });
+             });
+    add_pieces(call.pieces, a.rows, SAT_PIECE, 2 * E, a.threads, call.dparameters);
 }
 
 // out [E] = sum of the rows `order[begin .. end)` of dsum, in that order.
 SAT_INLINE void sum_rows(const float* dsum, const int64_t* order, int64_t begin, int64_t end, int64_t E, float* out) {
     for (int64_t i = 0; i < E; i += W) store(out + i, vec{});
-    for (int64_t k = begin; k < end; ++k) {
-        const float* row = dsum + order[k] * E;
-        for (int64_t i = 0; i < E; i += W) store(out + i, load(out + i) + load(row + i));
-    }
+    for (int64_t k = begin; k < end; ++k) add_into(out, dsum + order[k] * E, E);
 }
 
 // dwords [V, E], dpositions [N, E] (may be null) from dsum [rows, E].
-static int tables_backward(const SatNorm& a, const int64_t* ids, const float* dsum, int64_t vocabulary, float* dwords,
-                           float* dpositions) {
-    const int64_t E = a.features;
+int tables_backward(const SatEmbedNormBackward& call) {
+    const SatNorm& a = call.norm;
+    const int64_t E = a.features, vocabulary = call.vocabulary, *const ids = call.ids;
+    const float* const dsum = call.dsum;
+    float *const dwords = call.dwords, *const dpositions = call.dpositions;
     if (dpositions) {
         spread(a.threads, a.length, [&](int64_t token) {
             float* out = dpositions + token * E;
             for (int64_t i = 0; i < E; i += W) store(out + i, vec{});
-            for (int64_t row = token; row < a.rows; row += a.length)
-                for (int64_t i = 0; i < E; i += W) store(out + i, load(out + i) + load(dsum + row * E + i));
+            for (int64_t row = token; row < a.rows; row += a.length) add_into(out, dsum + row * E, E);
         });
     }
     // Tokens sorted by word (counting sort, stable), cut into pieces: one frequent word (a picture's black) is
@@ -444,7 +477,9 @@ SAT_INLINE void gelu_block(const SatGelu& a, const T* x, const T* grad, T* out, 
 }
 
 template <bool BACKWARD, class T>
-static void gelu_dropout(const SatGelu& a, const T* x, const T* grad, T* out) {
+void gelu_dropout(const SatGelu& a, const T*) {
+    const T *const x = static_cast<const T*>(a.x), *const grad = static_cast<const T*>(a.grad);
+    T* const out = static_cast<T*>(a.out);
     const int64_t blocks = (a.size + MASK_BLOCK - 1) / MASK_BLOCK;    // of an example
     const int64_t step = 64, pieces = (blocks + step - 1) / step;
     spread(a.threads, a.examples * pieces, [&](int64_t piece) {
@@ -471,123 +506,75 @@ static void gelu_dropout(const SatGelu& a, const T* x, const T* grad, T* out) {
 // ---- mean over tokens ---------------------------------------------------------------------------
 
 template <class T>
-static void mean(const SatMean& a, const T* x, float* out) {
+void mean(const SatMean& a, const T*) {
     const int64_t N = a.length, E = a.features;
     spread(a.threads, a.examples, [&](int64_t example) {
-        float* sum = out + example * E;
+        float* sum = static_cast<float*>(a.to) + example * E;
         for (int64_t i = 0; i < E; ++i) sum[i] = 0.0f;
         for (int64_t row = example * N; row < (example + 1) * N; ++row)
-            if (a.mask[row])
-                for (int64_t i = 0; i < E; i += W) store(sum + i, load(sum + i) + load(x + row * E + i));
+            if (a.mask[row]) add_into(sum, static_cast<const T*>(a.from) + row * E, E);
         for (int64_t i = 0; i < E; ++i) sum[i] /= static_cast<float>(N);
     });
 }
 
 template <class T>
-static void mean_backward(const SatMean& a, const float* dout, T* dx) {
+void mean_backward(const SatMean& a, const T*) {
     const int64_t N = a.length, E = a.features;
     spread(a.threads, a.examples, [&](int64_t example) {
         T share[SAT_MAX_FEATURES];
-        for (int64_t i = 0; i < E; i += W) store(share + i, load(dout + example * E + i) / static_cast<float>(N));
+        const float* dmean = static_cast<const float*>(a.from) + example * E;
+        for (int64_t i = 0; i < E; i += W) store(share + i, load(dmean + i) / static_cast<float>(N));
         for (int64_t row = example * N; row < (example + 1) * N; ++row) {
+            T* to = static_cast<T*>(a.to) + row * E;
             if (a.mask[row])
-                memcpy(dx + row * E, share, E * sizeof(T));
+                memcpy(to, share, E * sizeof(T));
             else
-                memset(dx + row * E, 0, E * sizeof(T));
+                memset(to, 0, E * sizeof(T));
         }
     });
 }
 
-// ---- the table of this instruction set ----------------------------------------------------------
+}    // namespace
 
-// Types are template arguments; width 64, the one of every task, is compiled as a constant.
-#define SAT_BY_WIDTH(function, ...) (a.features == 64 ? function<64, __VA_ARGS__> : function<0, __VA_ARGS__>)
+// ---- the operations -----------------------------------------------------------------------------
 
-static int add_norm_any(const SatNorm& a, const void* x, const void* branch, void* y, void* normed, float* stats) {
-#define SAT_CASE(X, BRANCH, NORMED)                                                                        \
-    SAT_BY_WIDTH(add_norm, X, BRANCH, NORMED)                                                              \
-    (a, static_cast<const X*>(x), static_cast<const BRANCH*>(branch), static_cast<X*>(y),                  \
-     static_cast<NORMED*>(normed), stats)
-    switch (a.types) {
-        case SAT_ALL_FLOAT: SAT_CASE(float, float, float); return SAT_OK;
-        case SAT_FLOAT_STREAM: SAT_CASE(float, bf16, bf16); return SAT_OK;
-        case SAT_ALL_BFLOAT: SAT_CASE(bf16, bf16, bf16); return SAT_OK;
-    }
-#undef SAT_CASE
-    return SAT_NOT_SUPPORTED;
+int add_norm(const SatAddNorm& call) {
+    return with_types(call.norm, [&](auto width, auto stream, auto branch, auto normed) {
+        add_norm<decltype(width)::value>(call, stream, branch, normed);
+    });
 }
 
-static int add_norm_backward_any(const SatNorm& a, const void* y, const float* stats, const void* dy,
-                                 const void* dnormed, void* dx, void* dbranch, float* pieces, float* dparameters) {
-#define SAT_CASE(X, BRANCH, NORMED)                                                                        \
-    SAT_BY_WIDTH(add_norm_backward, X, BRANCH, NORMED)                                                     \
-    (a, static_cast<const X*>(y), stats, static_cast<const X*>(dy), static_cast<const NORMED*>(dnormed),   \
-     static_cast<X*>(dx), static_cast<BRANCH*>(dbranch), pieces, dparameters)
-    switch (a.types) {
-        case SAT_ALL_FLOAT: SAT_CASE(float, float, float); return SAT_OK;
-        case SAT_FLOAT_STREAM: SAT_CASE(float, bf16, bf16); return SAT_OK;
-        case SAT_ALL_BFLOAT: SAT_CASE(bf16, bf16, bf16); return SAT_OK;
-    }
-#undef SAT_CASE
-    return SAT_NOT_SUPPORTED;
+int add_norm_backward(const SatAddNormBackward& call) {
+    return with_types(call.norm, [&](auto width, auto stream, auto branch, auto normed) {
+        add_norm_backward<decltype(width)::value>(call, stream, branch, normed);
+    });
 }
 
-static int embed_norm_any(const SatNorm& a, const int64_t* ids, const void* words, const void* positions, void* x,
-                          void* normed, float* stats) {
-#define SAT_CASE(X, NORMED)                                                                                \
-    SAT_BY_WIDTH(embed_norm, X, NORMED)                                                                    \
-    (a, ids, static_cast<const X*>(words), static_cast<const X*>(positions), static_cast<X*>(x),           \
-     static_cast<NORMED*>(normed), stats)
-    switch (a.types) {
-        case SAT_ALL_FLOAT: SAT_CASE(float, float); return SAT_OK;
-        case SAT_FLOAT_STREAM: SAT_CASE(float, bf16); return SAT_OK;
-        case SAT_ALL_BFLOAT: SAT_CASE(bf16, bf16); return SAT_OK;
-    }
-#undef SAT_CASE
-    return SAT_NOT_SUPPORTED;
+int embed_norm(const SatEmbedNorm& call) {
+    for (int64_t row = 0; row < call.norm.rows; ++row)
+        if (call.ids[row] < 0 || call.ids[row] >= call.vocabulary) return SAT_ID_OUT_OF_RANGE;
+    return with_types(call.norm, [&](auto width, auto stream, auto, auto normed) {
+        embed_norm<decltype(width)::value>(call, stream, normed);
+    });
 }
 
-static int embed_norm_backward_any(const SatNorm& a, const int64_t* ids, const void* x, const float* stats,
-                                   const void* dx, const void* dnormed, float* dsum, float* pieces,
-                                   float* dparameters, int64_t vocabulary, float* dwords, float* dpositions) {
-#define SAT_CASE(X, NORMED)                                                                                \
-    SAT_BY_WIDTH(embed_norm_backward, X, NORMED)                                                           \
-    (a, static_cast<const X*>(x), stats, static_cast<const X*>(dx), static_cast<const NORMED*>(dnormed),   \
-     dsum, pieces, dparameters)
-    switch (a.types) {
-        case SAT_ALL_FLOAT: SAT_CASE(float, float); break;
-        case SAT_FLOAT_STREAM: SAT_CASE(float, bf16); break;
-        case SAT_ALL_BFLOAT: SAT_CASE(bf16, bf16); break;
-        default: return SAT_NOT_SUPPORTED;
-    }
-#undef SAT_CASE
-    return tables_backward(a, ids, dsum, vocabulary, dwords, dpositions);
+int embed_norm_backward(const SatEmbedNormBackward& call) {
+    const int status = with_types(call.norm, [&](auto width, auto stream, auto, auto normed) {
+        embed_norm_backward<decltype(width)::value>(call, stream, normed);
+    });
+    return status == SAT_OK ? tables_backward(call) : status;
 }
 
-static int gelu_any(const SatGelu& a, const void* x, const void* grad, void* out) {
-    if (a.type == SAT_FLOAT32) {
-        const float *in = static_cast<const float*>(x), *g = static_cast<const float*>(grad);
-        g ? gelu_dropout<true>(a, in, g, static_cast<float*>(out))
-          : gelu_dropout<false>(a, in, g, static_cast<float*>(out));
-    } else if (a.type == SAT_BFLOAT16) {
-        const bf16 *in = static_cast<const bf16*>(x), *g = static_cast<const bf16*>(grad);
-        g ? gelu_dropout<true>(a, in, g, static_cast<bf16*>(out))
-          : gelu_dropout<false>(a, in, g, static_cast<bf16*>(out));
-    } else {
-        return SAT_NOT_SUPPORTED;
-    }
-    return SAT_OK;
+int gelu(const SatGelu& call) {
+    return with_type(call.type, [&](auto x) { call.grad ? gelu_dropout<true>(call, x) : gelu_dropout<false>(call, x); });
 }
 
-static int mean_any(const SatMean& a, const void* x, float* out) {
-    a.type == SAT_BFLOAT16 ? mean(a, static_cast<const bf16*>(x), out) : mean(a, static_cast<const float*>(x), out);
-    return SAT_OK;
+int mean(const SatMean& call) {
+    return with_type(call.type, [&](auto x) { mean(call, x); });
 }
 
-static int mean_backward_any(const SatMean& a, const float* dout, void* dx) {
-    a.type == SAT_BFLOAT16 ? mean_backward(a, dout, static_cast<bf16*>(dx))
-                           : mean_backward(a, dout, static_cast<float*>(dx));
-    return SAT_OK;
+int mean_backward(const SatMean& call) {
+    return with_type(call.type, [&](auto x) { mean_backward(call, x); });
 }
 
 }    // namespace SAT_ISA_NAMESPACE

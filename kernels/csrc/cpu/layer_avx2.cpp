@@ -1,0 +1,3 @@
+#define SAT_ISA_NAMESPACE avx2
+#define SAT_WIDTH 8
+#include "layer.h"

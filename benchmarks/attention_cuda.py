@@ -5,12 +5,14 @@
 
 Shape letters: B batch, H heads, N padded length, d head_dim, bs block_size.
 
-Contenders: `ours`; `flash`, torch's dense scaled_dot_product_attention; `flex`, compiled
+Contenders: `cuda` and `triton`, our two backends; `sdpa`, torch's dense
+scaled_dot_product_attention, and `cudnn`, the same made to take cuDNN's kernel; `flex`, compiled
 FlexAttention on the same blocks (in tiles of 128: finer blocks by its mask function, an ordinary
 softmax); `reference`, gathered blocks in plain torch; `csr`, the original's way in fp32: cuSPARSE
 products on an element CSR that keeps every probability. Each that computes our softmax is compared
-with `reference` in fp32 before it is timed. They take turns; milliseconds are medians over
-rounds, measured with CUDA events; spread is (90 % - 10 % quantile) / median.
+with `reference` before it is timed. They take turns; milliseconds are medians over rounds,
+measured with CUDA events; spread is (90 % - 10 % quantile) / median. `graph ms` is the replay of a
+CUDA graph, the kernels alone; `ms` is the call from Python.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +35,7 @@ SHAPES = {  # B, H, N, d, bs, density
     "retrieval": (4, 2, 4096, 32, 64, 0.021),
     "image-256": (256, 2, 1024, 32, 32, 0.05),
 }
+GRAPHED = {"sdpa", "cudnn", "cuda", "triton"}  # contenders that are timed as CUDA graphs too
 # An H100 SXM by its data sheet; exponentials: 16 a clock on 132 multiprocessors at 1.755 GHz.
 PEAK = {"bf16": 989e12, "fp16": 989e12, "fp32": 495e12 / 3}  # fp32: three tf32 products each
 BYTES_A_SECOND = 3.35e12
@@ -141,9 +145,10 @@ def contenders(shape: tuple, dtype) -> tuple[dict[str, Callable], Callable]:
     """name -> function(backward) that computes once; and a check of those with our softmax."""
     import torch
     import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    from kernels import BlockLayout, block_sparse_attention
+    from kernels import BlockLayout, available_backends, block_sparse_attention
 
     B, H, N, d, bs, density = shape
     generator = torch.Generator().manual_seed(0)
@@ -176,19 +181,32 @@ def contenders(shape: tuple, dtype) -> tuple[dict[str, Callable], Callable]:
         with torch.no_grad():
             return csr.step(query, key, value, dout if backward else None)
 
+    def cudnn(*qkv):
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+            return F.scaled_dot_product_attention(*qkv)
+
     functions = {
-        "flash": differentiated(F.scaled_dot_product_attention),
+        "sdpa": differentiated(F.scaled_dot_product_attention),
+        "cudnn": differentiated(cudnn),
         "flex": differentiated(lambda *qkv: compiled(*qkv, block_mask=flex_mask)),
         "csr": run_csr,
         "reference": differentiated(
             lambda *qkv: block_sparse_attention(*qkv, layout, backend="reference")
         ),
-        "ours": differentiated(lambda *qkv: block_sparse_attention(*qkv, layout, backend="cuda")),
+        **{
+            name: differentiated(partial(_ours, layout, name))
+            for name in ("cuda", "triton")
+            if available_backends()[name] is True
+        },
     }
+    if dtype == torch.float32:  # which cuDNN's attention does not take
+        del functions["cudnn"]
+    choice = torch._fused_sdp_choice(query, key, value)
+    print(f"sdpa takes {SDPBackend(choice).name.lower()} for {shape}")
 
     def check() -> None:
         exact = functions["reference"](True)
-        for name in ("ours", "csr"):
+        for name in {"cuda", "triton", "csr"} & set(functions):
             got = functions[name](True)
             for a, b in zip(got[-3:], exact[-3:], strict=True):
                 error = (a.float() - b.float()).abs().max() / b.float().abs().max()
@@ -196,6 +214,28 @@ def contenders(shape: tuple, dtype) -> tuple[dict[str, Callable], Callable]:
                     sys.exit(f"error: {name} is wrong by {error:.3g} of the largest gradient")
 
     return functions, check
+
+
+def _ours(layout, backend: str, *qkv):
+    from kernels import block_sparse_attention
+
+    return block_sparse_attention(*qkv, layout, backend=backend)
+
+
+def captured(function: Callable, backward: bool) -> Callable:
+    """The function as the replay of a CUDA graph."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function(backward)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function(backward)
+    return lambda backward: graph.replay()
 
 
 def measure(function: Callable, backward: bool) -> tuple[float, int]:
@@ -231,8 +271,10 @@ def main() -> None:
 
     from kernels import available_backends
 
-    if (reason := available_backends()["cuda"]) is not True:
-        parser.error(f"nothing to measure: {reason}")
+    reasons = [available_backends()[name] for name in ("cuda", "triton")]
+    if True not in reasons:
+        parser.error(f"nothing to measure: {'; '.join(map(str, reasons))}")
+    ours = "cuda" if reasons[0] is True else "triton"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -245,6 +287,12 @@ def main() -> None:
         check()
         times: dict[tuple[str, bool], list[float]] = {}
         peaks: dict[tuple[str, bool], int] = {}
+        graphs = {
+            (contender, backward): captured(functions[contender], backward)
+            for contender in functions.keys() & GRAPHED
+            for backward in (False, True)
+        }
+        replays: dict[tuple[str, bool], list[float]] = {at: [] for at in graphs}
         for turn in range(args.rounds + 3):  # the first three warm up
             for contender, function in functions.items():
                 for backward in (False, True):
@@ -252,6 +300,8 @@ def main() -> None:
                     if turn >= 3:
                         times.setdefault((contender, backward), []).append(taken)
                         peaks[contender, backward] = peak
+                    if graph := graphs.get((contender, backward)):
+                        replays[contender, backward].append(measure(graph, backward)[0])
         for (contender, backward), taken in times.items():
             median = statistics.median(taken)
             ninths = statistics.quantiles(taken, n=10)
@@ -262,18 +312,27 @@ def main() -> None:
                     "contender": contender,
                     "pass": "forward+backward" if backward else "forward",
                     "ms": median,
+                    "graph_ms": (
+                        statistics.median(replays[contender, backward][3:])
+                        if (contender, backward) in graphs
+                        else None
+                    ),
                     "spread": (ninths[-1] - ninths[0]) / median,
                     "peak_mib": peaks[contender, backward] / 2**20,
-                    "over_ours": median / statistics.median(times["ours", backward]),
+                    "over_ours": median / statistics.median(times[ours, backward]),
                     "h100_limit_ms": limit / 1000,
                 }
             )
     header = {"card": card, "dtype": args.dtype, "commit": commit, "torch": torch.__version__}
     args.json.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
-    print(f"{args.dtype}; x: time over ours")
-    print(f"{'shape':20}{'contender':11}{'pass':18}{'ms':>9}{'spread':>8}{'MiB':>8}{'x':>8}")
+    print(f"{args.dtype}; x: ms over those of {ours}")
+    print(
+        f"{'shape':20}{'contender':11}{'pass':18}{'ms':>9}{'graph ms':>9}{'spread':>8}{'MiB':>8}"
+        f"{'x':>8}"
+    )
     for row in rows:
-        numbers = f"{row['ms']:9.3f}{row['spread']:8.2f}{row['peak_mib']:8.0f}"
+        graph = f"{row['graph_ms']:9.3f}" if row["graph_ms"] is not None else f"{'-':>9}"
+        numbers = f"{row['ms']:9.3f}{graph}{row['spread']:8.2f}{row['peak_mib']:8.0f}"
         print(
             f"{row['shape']:20}{row['contender']:11}{row['pass']:18}{numbers}{row['over_ours']:8.2f}"
         )

@@ -87,6 +87,13 @@ def test_exhausted_memory_halves_the_micro_batch(fresh, capsys, monkeypatch):
     assert state.training["resolved"]["micro_batch_size"] == 2
 
 
+def test_memory_exhausted_in_the_first_optimizer_step(fresh, capsys, monkeypatch):
+    tiny.exhaust_memory_in_optimizer(monkeypatch)
+    assert tiny.train(fresh, *FAST_TRANSITION, "--train_steps", "3") == 0
+    assert capsys.readouterr().out.count("memory exhausted at step 1") == 1
+    assert len(losses(fresh)) == 3
+
+
 def test_memory_that_holds_no_example_fails_in_a_sentence(fresh, capsys, monkeypatch):
     def never(self, *arguments, **keywords):
         raise torch.OutOfMemoryError("CUDA out of memory (injected)")

@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import torch
 
 import main_inference
 import main_learnable_skewness
@@ -63,6 +64,24 @@ def evaluate(folder, *more):
 
 def infer(folder, *more):
     return main_inference.main(arguments(folder, *more, mode="eval"))
+
+
+def exhaust_memory_in_optimizer(monkeypatch):
+    """Once, when a few parameters have their state in the optimizer, the next one half of it."""
+    step, zeros_like, calls = torch.optim.AdamW.step, torch.zeros_like, []
+
+    def limited(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return zeros_like(*arguments, **keywords)
+
+    def limited_step(self, *arguments, **keywords):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "zeros_like", limited)
+            return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", limited_step)
 
 
 def logs(folder):

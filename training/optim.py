@@ -65,6 +65,13 @@ class PhaseOptimizer:
         """keep: gradients stay where they are in memory: captured graphs add to them there."""
         self.optimizer.zero_grad(set_to_none=not keep)
 
+    def drop_unfinished_state(self) -> None:
+        """Of parameters for which memory ended while their state was made; the next step makes it
+        anew. (AdamW takes whatever is there for the whole of it.)"""
+        state = self.optimizer.state
+        for parameter in [p for p in state if "exp_avg_sq" not in state[p]]:
+            del state[parameter]
+
     def clip(self) -> None:
         nn.utils.clip_grad_value_(self.parameters, GRADIENT_CLIP)
 

@@ -45,6 +45,7 @@ def train_step(run: Run) -> StepResult:
         # outside the handler: the exception's traceback would keep the failed step's tensors alive
         run.graphs.clear()
         run.optimizer.zero_grad()
+        run.optimizer.drop_unfinished_state()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
         words.micro_batch_halved(run)

@@ -3,7 +3,7 @@
 #   usage: sh kernels/csrc/cuda/build_cuda.sh
 #   environment: NVCC (default nvcc), NVCCFLAGS (added last)
 #     SAT_CUDA_ARCHS  for example "75 80 86 89 90 100 120": code for each, and PTX of the last for newer ones.
-#                     Default: the GPUs of this machine; without one 80 and its PTX, which any GPU since A100 can run.
+#                     Default: the GPUs of this machine; without one 80 (A100), 90 (H100) and PTX for newer ones.
 # What ptxas says of registers and spills is kept in kernels/libsat_cuda.ptxas.txt.
 set -u
 LC_ALL=C
@@ -33,7 +33,7 @@ if [ -n "$archs" ]; then
 else
     archs=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -dc '0-9\n' | sort -nu | tr '\n' ' ')
     from="the GPUs of this machine"
-    [ -n "${archs%% }" ] || archs=80 from="no GPU found"
+    [ -n "${archs%% }" ] || archs="80 90" from="no GPU found"
 fi
 gencode=""
 for arch in $archs; do

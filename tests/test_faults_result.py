@@ -1,7 +1,6 @@
 """What is reported is what was tested, and what is saved can be loaded."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ from torch import nn
 import models
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-import sweep  # noqa: E402
 
 
 @pytest.fixture
@@ -74,34 +71,6 @@ def test_the_report_is_that_of_the_checkpoint_tested(fresh, capsys):
     assert (report["attention"], report["best_step"]) == ("dense", 7)
     assert report["best_dev_accuracy"] == 0.125
     assert records(fresh)[-1]["phase"] == "dense"
-
-
-# ---- sweeps ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--pattern", "band"],
-        ["--pattern=band"],
-        ["--set", "model.density=0.5"],
-        ["--set=model.density=0.5"],
-        ["--set", " model.density = 0.5"],
-        ["--output_dir=x"],
-    ],
-    ids=str,
-)
-def test_what_a_sweep_sets_cannot_be_set_again(tmp_path, capsys, more):
-    given = ["--tasks", tiny.TASK, "--patterns", "learned", "random", "--densities", "0.3"]
-    with pytest.raises(SystemExit) as error:
-        sweep.main([*given, "--output_dir", str(tmp_path / "out"), "--dry_run", "--", *more])
-    assert error.value.code == 2
-    assert "cannot stand after --" in capsys.readouterr().err
-
-
-def test_a_sweep_of_one_density_may_set_it(tmp_path):
-    given = ["--tasks", tiny.TASK, "--output_dir", str(tmp_path / "out"), "--dry_run"]
-    assert sweep.main([*given, "--", "--set", "model.density=0.5"]) == 0
 
 
 # ---- a model that can be saved but not loaded --------------------------------------

@@ -210,7 +210,10 @@ def _small_multiples(records: Records, shown: dict, thresholds: dict, height: fl
         positive = values[values > 0]
         if name in thresholds:
             axis.axhline(thresholds[name], color="black", ls="--", lw=1, label="threshold")
-        if np.nanmin(values) >= 0 and len(positive) and positive.max() > 50 * positive.min():
+        if (
+            len(positive) == values.size - np.isnan(values).sum()
+            and positive.max() > 50 * positive.min()
+        ):
             axis.set_yscale("log")
         _name(axis, name.replace("_", " "))
     _legend(axes[0])

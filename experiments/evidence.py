@@ -134,11 +134,15 @@ STUDIES = {
 class Runs:
     """The files of one study's runs below one folder."""
 
-    def __init__(self, name: str, folder: Path, data_dir: Path, keep: Path) -> None:
+    def __init__(
+        self, name: str, folder: Path, data_dir: Path, keep: Path, only: argparse.Namespace
+    ) -> None:
         self.name, self.study = name, STUDIES[name]
         self.folder = folder / name
         self.data_dir = data_dir
         self.keep = keep / name
+        self.seeds = [s for s in self.study.seeds if only.seeds is None or s in only.seeds]
+        self.arms = [a for a in self.study.arms if only.arms is None or a.name in only.arms]
 
     def data(self, seed: int) -> Path:
         """The folder with the pickles of a seed, made if the study has its own."""
@@ -193,7 +197,7 @@ class Runs:
         masks["one"][0, 0] = True
         for name, mask in masks.items():
             np.save(self.folder / f"{name}.npy", mask)
-        for seed in study.seeds:
+        for seed in self.seeds:
             for at in study.prefix:
                 if not self.prefix(seed, at).exists():
                     self.train(seed, "dense", at, [*AFTER, "1000000"])
@@ -202,7 +206,7 @@ class Runs:
                 self.keep_metrics(seed, "dense")
             if study.task == "planted" and study.prefix:
                 self.keep_recall(seed)
-            for arm in study.arms:
+            for arm in self.arms:
                 if arm.seeds is not None and seed not in arm.seeds:
                     continue
                 options = [o.format(data=self.data(seed), out=self.folder) for o in arm.options]
@@ -258,13 +262,15 @@ def main(argv=None) -> int:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "evidence")
     parser.add_argument("--keep", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data" / "lra_processed")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these (default: the plan's)")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these (default: all)")
     args = parser.parse_args(argv)
     try:
         for name in args.studies:
             folder, data, keep = (
                 path.resolve() for path in (args.output_dir, args.data_dir, args.keep)
             )
-            Runs(name, folder, data, keep).run()
+            Runs(name, folder, data, keep, args).run()
     except subprocess.CalledProcessError as error:
         print(f"error: exit code {error.returncode}; the same command goes on", file=sys.stderr)
         return 1

@@ -1,26 +1,30 @@
 #!/bin/sh
-# A run to watch: ListOps with short expressions, made on the spot; dense attention until it has settled, then block-sparse.
+# The method in three minutes, on a task whose answer is known: dense until attention has concentrated, then block-sparse; and
+# the same run again from the same moment with the blocks that the original's rule would have kept.
 # usage: sh experiments/demo.sh      (or: make demo)
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 data=data/demo
 out=runs/demo
-run="--task lra-listops --data_dir $data --output_dir $out"
+logs=$out/logs/log-0/planted
+run="--task planted --data_dir $data --output_dir $out --train_steps 500"
 
 rm -rf "$out"
-echo "== data: ListOps expressions of 10 to 100 tokens, made on the spot"
-"$PYTHON" preprocess/create_listops.py --output_dir "$data" --min_length 10 --max_length 100 \
-    --padded_length 256 --num_train 9600 --num_dev 1000 --num_test 2000
-echo "== training: dense, then sparse"
-# --sk 4.5: padding alone makes a skewness of 3.5 to 4.6 here; --ds 5: the mean of 32 examples moves more than that of the paper's 512
-"$PYTHON" main_learnable_skewness.py --mode train $run --sk 4.5 --ds 5 --max_dense_steps 120 --train_steps 300 --batch_size 32 \
-    --set model.max_seq_len=256 --set model.num_layers=2 --set model.block_size=16 --set model.density=0.1 \
-    --set training.learning_rate=0.004 --set training.warmup=30 --set training.eval_frequency=100
+echo "== data: the label of each sequence can be read through 51 of its 1,024 pairs of blocks only"
+"$PYTHON" preprocess/create_planted.py --output_dir "$data"
+echo "== training: dense until attention concentrates, then sparse with the blocks that hold most of it"
+"$PYTHON" main_learnable_skewness.py --mode train $run --name mass --pattern mass \
+    --transition_when concentrated --lift 3.5 --max_dense_steps 300
+step=$("$PYTHON" -c 'import json, sys; print(next(e["step"] for e in map(json.loads, open(sys.argv[1])) if e["event"] == "transition"))' \
+    "$logs/mass.metrics.jsonl")
+echo "== the same run, switched after the same $step steps with the learned pattern of the original"
+"$PYTHON" main_learnable_skewness.py --mode train $run --name learned --pattern learned \
+    --transition_when after --max_dense_steps "$step"
 echo "== inference"
-"$PYTHON" main_inference.py --mode eval $run
-logs=$out/logs/log-0/lra-listops
-echo "== where to look next"
-echo "report of the run: $logs/train.sat.html"
-echo "its numbers: $logs/sat.metrics.jsonl and $logs/sat.run.json; tensorboard --logdir $logs"
-echo "a real task: python preprocess/create_cifar10.py && python main_learnable_skewness.py --mode train"
+"$PYTHON" main_inference.py --mode eval --task planted --data_dir "$data" --output_dir "$out" --name mass
+"$PYTHON" experiments/compare.py "$logs/mass.metrics.jsonl" "$logs/learned.metrics.jsonl" --picture "$out/demo.png"
+echo "== what you have seen: both runs kept the same number of blocks from the same moment; one chose them by attention"
+echo "report of the run: $logs/train.mass.html (open it in a browser); the other: $logs/train.learned.html"
+echo "what a pattern is and which to use: docs/method.md"
+echo "a real task next: python preprocess/create_cifar10.py && python main_learnable_skewness.py --mode train --task lra-image --dry_run"

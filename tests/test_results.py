@@ -1,0 +1,69 @@
+"""experiments/results.py: the tables of docs/results.md come from the kept metrics, and the analyses
+give known answers."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import results
+
+
+def keep(folder: Path, study: str, name: str, seed: int, events: list[dict]) -> None:
+    path = folder / study / f"{name}.{seed}.metrics.jsonl.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("".join(json.dumps(e) + "\n" for e in events).encode()))
+
+
+def test_the_page_says_what_was_measured():
+    page = results.PAGE.read_text(encoding="utf-8")
+    assert results.filled(page, results.KEPT) == page
+    assert set(results.MARKER.findall(page)) and page.count("<!-- table:") == len(results.TABLES)
+
+
+def test_a_changed_number_would_be_noticed():
+    page = results.PAGE.read_text(encoding="utf-8").replace(
+        "<!-- end -->", "| 1 |\n<!-- end -->", 1
+    )
+    assert results.filled(page, results.KEPT) != page
+
+
+def test_planned_comparisons_of_a_made_up_study(tmp_path):
+    """Differences are 0.002 (equivalent), 0.0005 (not significant) and 0.05 (different); noise of
+    seed and pattern alternates, so the residual is 0.001 by construction."""
+    mean = {"learned": 0.302, "untrained": 0.300, "random": 0.28, "random_rows": 0.29}
+    mean |= {"mass_rows": 0.2905, "band": 0.33}
+    for place, (arm, value) in enumerate(mean.items()):
+        for seed in range(12):
+            noise = 0.001 if (seed + place) % 2 else -0.001
+            accuracy = value + 0.01 * seed + noise
+            events = [
+                {"event": "eval", "step": step, "accuracy": accuracy} for step in results.ENDPOINT
+            ]
+            keep(tmp_path, "image", f"{arm}-200", seed, events)
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in results.image_tests(tmp_path).splitlines()[2:]
+    ]
+    verdicts = {row[0]: row[4] for row in rows}
+    assert verdicts == {
+        "learned - untrained": "equivalent within 0.01",
+        "mass_rows - random_rows": "not significant",
+        "band - random": "different",
+    }
+    assert {row[0]: row[1] for row in rows}["band - random"] == "+0.0500"
+
+
+def test_pooled_residual_of_a_table_by_hand():
+    values = {"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 2.0, 1: 2.0, 2: 5.0}}
+    # b - a is 1, 0, 2, its mean 1: residuals are half of 0, -1, 1 in both rows, squares sum to 1
+    deviation, freedom = results.pooled_residual(values)
+    assert freedom == 2 and deviation == pytest.approx(0.5**0.5)
+
+
+def test_a_run_that_did_not_get_to_its_end_does_not_count(tmp_path):
+    keep(tmp_path, "listops", "band-200", 0, [{"event": "eval", "step": 1300, "accuracy": 0.5}])
+    assert results.listops(tmp_path) == "Not run yet.\n"

@@ -1,4 +1,4 @@
-"""experiments/results.py: the tables of docs/results.md come from the kept metrics, and the analyses
+"""experiments/results.py: the tables of docs/results.md come from kept metrics, and the analyses
 give known answers."""
 
 import gzip

@@ -2,12 +2,13 @@
 
 A page marks each ```sh block in its source, in the line before the fence:
 
-    <!-- test: run -->          executed in a copy of the checkout with small data
-    <!-- test: slow -->         the same, in make test-slow
+    <!-- test: run -->          executed in a copy of the checkout, training at a small size
+    <!-- test: slow -->         executed as it is, in make test-slow
     <!-- test: not WHY -->      not executed: needs a GPU, a network, another machine ...
 
-A training command gets `--batch_size 8 --train_steps 6` and a small data set; everything else of
-the line stays as it is. Blocks of one page run in one copy, in their order.
+"A small size" adds `--batch_size 8 --train_steps 6 --max_dense_steps 3` where a training command does
+not say otherwise; lra-image has a few random pictures. Blocks of one page run in one copy, in their
+order.
 """
 
 import os
@@ -117,7 +118,8 @@ def test_commands_of_a_page(page, kind, checkout, tmp_path):
     for mark, body in blocks(page):
         if mark != kind:
             continue
-        script = "\n".join(["set -eu", *map(small, body.replace("\\\n", " ").splitlines())])
+        lines = body.replace("\\\n", " ").splitlines()
+        script = "\n".join(["set -eu", *(map(small, lines) if kind == "run" else lines)])
         done = subprocess.run(
             ["sh", "-c", script],
             cwd=checkout,

@@ -56,7 +56,9 @@ def draw(runs: list[dict], path: Path) -> None:
     switch = runs[0]["switch"]
     layer = int(np.nanargmax(np.array(switch["best_mass"], dtype=float)))
     count = switch["num_blocks"]
-    figure, axes = plt.subplots(1, 2 + len(runs), figsize=(3.1 * (2 + len(runs)), 3.2))
+    figure, axes = plt.subplots(
+        1, 2 + len(runs), figsize=(3.1 * (2 + len(runs)), 3.5), layout="constrained"
+    )
     attention = np.array(switch["pooled"][layer]).reshape(count, count)
     axes[0].imshow(attention, cmap="viridis")
     axes[0].set_title(f"attention at the switch\n(layer {layer})", fontsize=11)
@@ -80,7 +82,6 @@ def draw(runs: list[dict], path: Path) -> None:
     axes[-1].set_xlabel("step")
     axes[-1].set_ylim(0, 1.03)
     axes[-1].legend(loc="center right", frameon=False)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -82,7 +82,7 @@ def draw(runs: list[dict], path: Path) -> None:
     axes[-1].set_xlabel("step")
     axes[-1].set_ylim(0, 1.03)
     axes[-1].legend(loc="center right", frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -6,7 +6,7 @@ VENV := .venv
 
 ifdef PYTHON
 PY := $(PYTHON)
-train-env dev-env:
+train-env dev-env tfds-env:
 	@$(PY) -c "import torch" 2>/dev/null || { echo "error: $(PY) has no torch; install requirements-train.txt there or leave PYTHON out"; exit 2; }
 else
 PY := $(VENV)/bin/python
@@ -26,15 +26,19 @@ $(VENV)/train.stamp: requirements-train.txt constraints.txt | $(PY)
 	@echo "installing requirements-train.txt into $(VENV)"
 	@$(PIP) -r requirements-train.txt && touch $@
 
-$(VENV)/dev.stamp: requirements.txt requirements-train.txt requirements-dev.txt constraints.txt | $(PY)
-	@echo "installing requirements-dev.txt into $(VENV) (TensorFlow Datasets included: the data scripts are tested with it)"
+$(VENV)/dev.stamp: requirements-train.txt requirements-dev.txt constraints.txt | $(PY)
+	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(PIP) -r requirements-dev.txt && touch $@
+
+# TensorFlow Datasets, 600 MB: the tests of its sources run where it is there
+tfds-env: dev-env
+	@$(PIP) -r requirements.txt
 endif
 
-.PHONY: demo test house test-slow test-gpu lint types bench bench-gpu kernels help train-env dev-env
+.PHONY: demo test house test-slow test-gpu lint types bench bench-gpu kernels help train-env dev-env tfds-env
 
 help:
-	@echo "make demo       train on ListOps made on the spot, in minutes, and evaluate"
+	@echo "make demo       a task made on the spot: dense, then sparse, in minutes; what its choice of blocks is worth"
 	@echo "make test       the tests; make test-slow: the long ones too; make lint, make types"
 	@echo "make bench      benchmarks on this machine"
 	@echo "make test-gpu, make bench-gpu: the same on a CUDA device"

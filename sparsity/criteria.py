@@ -268,8 +268,8 @@ class Concentrated(Criterion):
     """Attention has moved away from where it began, and has stayed where it went.
 
     In some layer, the best blocks hold `lift` times as much attention, against chance, as they did
-    on average in steps 1 to 20, and the blocks chosen 20 steps ago hold all but 5 % of what the
-    best hold now, both today and 20 steps ago.
+    on average in steps 1 to 20, and those of 20 steps ago hold all but 5 % of what the best hold
+    now, both today and 20 steps ago. The pattern has no say in it, so that patterns compare.
 
     Args:
         lift: threshold of best_mass / chance_mass, in multiples of its mean over steps 1 to 20.
@@ -288,33 +288,18 @@ class Concentrated(Criterion):
             Condition("capture", ">=", CAPTURED, "capture"),
             Condition("capture_before", ">=", CAPTURED, f"capture {SPAN} steps before"),
         )
-        self._captures: deque[list[float | None]] = deque(maxlen=SPAN)
 
     def describe(self) -> str:
         lift = self.conditions[0].threshold
         return (
             f"sparse once, in some layer, the best blocks hold {lift:g} times as much attention "
-            f"against chance as in steps 1 to {SPAN}, and those chosen {SPAN} steps before hold "
+            f"against chance as in steps 1 to {SPAN}, and those of {SPAN} steps before hold "
             f"{CAPTURED:.0%} of what the best hold, now and {SPAN} steps ago (concentrated)"
         )
 
     def measure(self, observation: Any) -> Values:
-        full = len(self._captures) == SPAN
-        capture = observation.values["capture"]
-        before = self._captures[0] if full else [None] * len(capture)
-        self._captures.append(capture)
-        return {
-            "concentration": observation.values["concentration"],
-            "capture": capture,
-            "capture_before": before,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"captures": list(self._captures)}
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
-        super().load_state_dict(state)
-        self._captures.extend(state["captures"])
+        names = ("concentration", "capture", "capture_before")
+        return {name: observation.values[name] for name in names}
 
 
 class Agreeing(Criterion):

@@ -135,8 +135,15 @@ def agreement(masks: Tensor, before: Tensor) -> Tensor:
     return both.double() / either
 
 
+def best_blocks(pooled: Tensor, num_blocks: Tensor) -> Tensor:
+    """The blocks of `best_mass`, bool [L, nb, nb]; num_blocks: int64 [L]."""
+    order = pooled.double().flatten(1).sort(dim=1, descending=True, stable=True).indices
+    chosen = torch.arange(order.shape[1]) < num_blocks[:, None]
+    return torch.zeros_like(chosen).scatter_(1, order, chosen).view(pooled.shape)
+
+
 def capture(pooled: Tensor, before: Tensor) -> Tensor:
-    """Attention that an earlier choice holds now, over the most that as many blocks can hold;
+    """Attention that earlier blocks hold now, over the most that as many blocks can hold;
     float64 [L], near 1 while attention is uniform."""
     return kept_mass(pooled, before) / best_mass(pooled, before.flatten(1).sum(1))
 
@@ -190,7 +197,10 @@ class Observer:
         self._choose = choose
         self._moves = moves
         self._pooled: deque[Tensor] = deque(maxlen=WINDOW)  # fp32
-        self._masks: deque[Tensor] = deque(maxlen=WINDOW)  # of the steps before this one
+        # of the steps before this one: what the pattern chose, what held most, its capture
+        self._masks: deque[Tensor] = deque(maxlen=WINDOW)
+        self._best: deque[Tensor] = deque(maxlen=WINDOW)
+        self._captures: deque[list[float | None]] = deque(maxlen=WINDOW)
         self._start: list[list[float]] = []  # lift of the best blocks in the first WINDOW steps
         self.uniform: Tensor | None = None  # of the last step
 
@@ -215,13 +225,20 @@ class Observer:
         undefined: list[float | None] = [None] * len(masks)
         self.uniform = observation.uniform
         values |= {"concentration": self._concentration(values)}
-        values |= {"agreement": undefined, "agreement_1": undefined, "capture": undefined}
+        values |= dict.fromkeys(
+            ("agreement", "agreement_1", "capture", "capture_before"), undefined
+        )
         if self._masks:
             values["agreement_1"] = numbers(agreement(masks, self._masks[-1]))
         if len(self._masks) == WINDOW:
             values["agreement"] = numbers(agreement(masks, self._masks[0]))
-            values["capture"] = numbers(capture(smoothed, self._masks[0]))
+        if len(self._best) == WINDOW:
+            values["capture"] = numbers(capture(smoothed, self._best[0]))
+        if len(self._captures) == WINDOW:
+            values["capture_before"] = self._captures[0]
         self._masks.append(masks)
+        self._best.append(best_blocks(smoothed, masks.flatten(1).sum(1)))
+        self._captures.append(values["capture"])
         observation.values = values
 
     def _concentration(self, values: Values) -> list[float | None]:
@@ -239,6 +256,8 @@ class Observer:
         return {
             "pooled": list(self._pooled),
             "masks": list(self._masks),
+            "best": list(self._best),
+            "captures": list(self._captures),
             "start": self._start,
             "uniform": self.uniform,
         }
@@ -252,5 +271,7 @@ class Observer:
         self.uniform = state["uniform"]
         if same_count:
             self._start = [list(levels) for levels in state["start"]]
+            self._best.extend(state["best"])
+            self._captures.extend(state["captures"])
         if same_count and same_pattern:
             self._masks.extend(state["masks"])

@@ -374,7 +374,7 @@ def test_published_files_are_evaluated_in_their_places(shared_data, tmp_path, ca
     places = ["--data_dir", str(data), "--output_dir", str(tmp_path / "out")]
     assert main_inference.main(given + places) == 0
     output = capsys.readouterr().out
-    assert "(the published name)" in output and "examples: 40, attention: sparse" in output
+    assert "(the published name" in output and "examples: 40, attention: sparse" in output
     assert "fit the checkpoint badly" not in output
     # without masks there is dense attention only, and it is said
     for path in masks.iterdir():

@@ -148,6 +148,19 @@ def test_smoothed_is_the_mean_over_the_last_steps():
             assert values["agreement"] == values["capture"] == [None, None]
 
 
+def test_what_concentrated_looks_at_does_not_depend_on_the_pattern():
+    random = random_masks(kept=NB)
+    observers = [Observer(choose, True), Observer(lambda observation: random, False)]
+    for step in range(1, 60):
+        seen = [moving(step), moving(step)]
+        for observer, observation in zip(observers, seen, strict=True):
+            observer.observe(observation)
+        for name in ("best_mass", "concentration", "capture", "capture_before"):
+            assert seen[0].values[name] == seen[1].values[name]
+    assert None not in seen[0].values["capture_before"]
+    assert seen[1].values["kept_mass"] < seen[0].values["kept_mass"]
+
+
 @pytest.mark.parametrize(
     ("name", "option"), [("concentrated", {"lift": 1.5}), ("agreeing", {"agreement": 0.9})]
 )

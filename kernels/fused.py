@@ -599,9 +599,11 @@ def _in_triton(backend: str, x: Tensor, *widths: int) -> Any:
     return module if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
 
 
-def _same_products(operand: Tensor) -> bool:
-    """Whether torch would multiply `operand` in its own dtype."""
-    device = operand.device.type
+def _triton_products(operand: Tensor) -> bool:
+    """Whether torch would multiply `operand` in its own dtype, and the kernels do so too."""
+    device, module = operand.device.type, _triton_layer()
+    if module is None or operand.dtype not in module.PRODUCTS:
+        return False
     return not torch.is_autocast_enabled(device) or (
         operand.dtype == torch.get_autocast_dtype(device)
     )
@@ -847,7 +849,7 @@ def attention_projections(
     if _use_cpu(backend, x, _compiled_products(x, parameters) and _compiled_widths(E, K)):
         return _Project.apply(x, heads, layout, *parameters)
     triton_layer = _in_triton(backend, x, E, K)
-    if triton_layer and _same_products(x) and 3 * K * E <= triton_layer.MAX_WEIGHTS:
+    if triton_layer and _triton_products(x) and 3 * K * E <= triton_layer.MAX_WEIGHTS:
         return triton_layer.Project.apply(x, heads, *parameters)
     # one product; the attention kernels read the strided parts without a copy
     weight, bias = torch.cat(parameters[::2]), torch.cat(parameters[1::2])
@@ -904,7 +906,7 @@ def attention_output_feed_forward(
     triton_layer = _in_triton(backend, x, E, K, hidden)
     if (
         triton_layer
-        and _same_products(attended)
+        and _triton_products(attended)
         and _norm_dtype(x) == attended.dtype
         and E * K + 2 * E * hidden <= triton_layer.MAX_WEIGHTS
     ):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kernels.triton_layer import _dot, _put, _to, launch
 
-LARGEST_TILE = 64
 LOG2E = 1.4426950408889634
 
 
@@ -28,8 +27,10 @@ def _place(length, heads, T: tl.constexpr):
 def _walk(offsets, block, blocks_in_all, DENSE: tl.constexpr):
     """Where in its list the kept blocks of `block` begin and end."""
     if DENSE:
-        return 0, blocks_in_all
-    return tl.load(offsets + block), tl.load(offsets + block + 1)
+        begin, end = blocks_in_all * 0, blocks_in_all
+    else:
+        begin, end = tl.load(offsets + block), tl.load(offsets + block + 1)
+    return begin, end
 
 
 @triton.jit
@@ -207,9 +208,10 @@ def statistics_kernel(
 # ---- launches ------------------------------------------------------------------------
 
 
-def _tile(size: int) -> int:
-    """The largest tile that blocks of `size` can be cut into."""
-    return min(LARGEST_TILE, size & -size)
+def _tile(size: int, like: Tensor) -> int:
+    """The largest tile that blocks of `size` can be cut into and registers hold."""
+    largest = 64 if like.element_size() == 2 else (32 if like.shape[3] <= 64 else 16)
+    return min(largest, size & -size)
 
 
 def _warps(T: int, D: int) -> int:
@@ -229,7 +231,7 @@ def _forward(
     query, key, value, out, lse, inverse, mask, lists, block_size, scale, pruned_zero
 ) -> None:
     B, H, N, D = query.shape
-    T = _tile(block_size)
+    T = _tile(block_size, query)
     real, mask_strides = _mask(mask, query)
     offsets, blocks = lists[:2] if lists else (lse, lse)
     launch(
@@ -247,7 +249,7 @@ def backward(
     dout, query, key, value, out, lse, dquery, dkey, dvalue, mask, lists, block_size, scale
 ) -> None:
     B, H, N, D = query.shape
-    T = _tile(block_size)
+    T = _tile(block_size, query)
     real, mask_strides = _mask(mask, query)
     row_lists, column_lists = (lists[:2], lists[2:]) if lists else ((lse, lse), (lse, lse))
     delta = torch.empty_like(lse)
@@ -272,7 +274,7 @@ def statistics(query, key, mask, mean, pieces, scale, groups, accumulate, factor
     B, H, N, D = query.shape
     highest, inverse = query.new_empty(2, B, H, N, dtype=torch.float32)
     _forward(query, key, None, None, highest, inverse, mask, [], N, scale, False)
-    T = _tile(N)
+    T = _tile(N, query)
     real, mask_strides = _mask(mask, query)
     launch(
         statistics_kernel, (groups * (N // T) ** 2,),

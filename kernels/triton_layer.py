@@ -28,6 +28,8 @@ DEVICE = "cuda"  # the tests run the same kernels on CPU tensors, in Triton's in
 PROGRAMS = 264  # two for each multiprocessor of an H100; fixed, as sums depend on it
 TILE = 4096  # elements of a tile where no product is taken
 MAX_WIDTH = TILE
+# Of products; the weights and gradients of fp32 would not fit into a multiprocessor.
+PRODUCTS = (torch.bfloat16, torch.float16)
 MAX_WEIGHTS = 20480  # elements of a layer's three weights, whose gradients stay in registers
 WORDS_IN_REGISTERS = 16384  # elements; larger tables are gone through several times
 MAX_WORDS = 2048
@@ -230,8 +232,8 @@ def embed_backward(
     at = 2 * E + words[:, None] * E + columns
     tl.store(dparameters + at, of_words, mask=words[:, None] < words_in_all)
     if tl.program_id(2) == 0:
-        at = split * length * E + inside[:, None] * E + columns
-        _put(dpositions, at, of_positions, there)
+        of_tile = split * length * E + inside[:, None] * E + columns
+        _put(dpositions, of_tile, of_positions, there)
         _put_vector(dparameters, of_weight, E)
         _put_vector(dparameters + E, of_bias, E)
 
@@ -686,6 +688,7 @@ class Layer(torch.autograd.Function):
             output_w, norm_w, norm_b, expand_w, contract_w, next_w, key, dx, dattended, partial,
             B * N, N, *sites, threshold, scale, eps,
             M=M, E=E, K=K, F=F, DROPOUT=threshold > 0, DZ=dz is not None, num_warps=8,
+            num_stages=2,
         )  # fmt: skip
         return dx, dattended, None, None, None, *_sum_of_programs(partial, parameters)
 

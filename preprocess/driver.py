@@ -572,7 +572,7 @@ def _encode_here(job: Job, examples, encode, written, tally: _Tally, bar) -> Non
         if limited:
             limits[target].take(label)
         file, add_label, add_print = outputs[target]
-        if type(ids) is np.ndarray:
+        if isinstance(ids, np.ndarray):
             file.add(ids, label_type(label))
             add_print(hash(payload if type(payload) is bytes else payload.tobytes()))
         elif type(ids) is list:

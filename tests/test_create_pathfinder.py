@@ -244,6 +244,28 @@ def test_metadata_of_another_level_is_noticed(tmp_path, capsys):
     assert "says contour length 9: is it another level's metadata?" in capsys.readouterr().out
 
 
+def test_path_x_is_the_same_with_larger_pictures(tmp_path):
+    """From an archive that has both sizes; those of another size are a fault there."""
+    from preprocess.tasks import pathx
+
+    rows = _release()[f"{NAME}/metadata/0.npy"]
+    pixels = {
+        k: np.random.default_rng(k).integers(0, 256, (128, 128), np.uint8) for k in range(10)
+    }
+    folder = f"pathfinder128/{LEVELS[1]}"
+    files = {f"{folder}/imgs/0/sample_{k}.png": _png(picture) for k, picture in pixels.items()}
+    files = _release() | files | {f"{folder}/metadata/0.npy": rows}
+    (tmp_path / "a.gz").write_bytes(preparing.tar(files))
+    options = ("--source", tmp_path / "a.gz", "--output_dir", tmp_path / "out", "--workers", 1)
+    assert preparing.run(pathx.TASK, *options) == 0
+    found = []
+    for split in ("train", "dev", "test"):
+        with open(tmp_path / f"out/lra-pathx-{LEVELS[1]}.{split}.pickle", "rb") as file:
+            found += [(row["input_ids_0"].tobytes(), row["label"]) for row in pickle.load(file)]
+    expected = [(p.astype("<i4").tobytes(), _label(0, k)) for k, p in pixels.items()]
+    assert sorted(found) == sorted(expected)
+
+
 @pytest.mark.parametrize(
     "case", ["absent", "empty", "level", "npy", "text", "cut", "tfds", "file"]
 )

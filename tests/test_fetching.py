@@ -261,6 +261,6 @@ def test_every_task_is_listed_with_its_options(clone):
         assert (
             help_.returncode == 0 and "--output_dir" in help_.stdout and "--limit" in help_.stdout
         )
-        assert name.replace("pathfinder", "pathfinder32") in page
+        assert name.removesuffix("finder") in page
     wrong = run([sys.executable, "-m", "preprocess", "lra-txt"], env=environment(clone))
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1

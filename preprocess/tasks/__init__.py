@@ -8,6 +8,7 @@ MODULES = {
     "lra-text": "text",
     "lra-retrieval": "retrieval",
     "lra-pathfinder": "pathfinder",
+    "lra-pathx": "pathx",
     "lra-news1": "news",
     "lra-yelp1": "yelp",
     "lra-nature": "nature",

@@ -11,6 +11,7 @@
 import argparse
 import contextlib
 import functools
+import math
 import os
 import re
 import shutil
@@ -26,7 +27,6 @@ from preprocess import pathfinder_generator as generator
 from preprocess.driver import Skips, Task
 from training.errors import UserError
 
-NAME = "lra-pathfinder32-"
 LEVELS = tuple(generator.LEVELS)
 PIXELS = generator.SIDE**2
 COUNT = 200_000  # pictures of a level
@@ -51,20 +51,22 @@ class Pool:
     A temporary file in `folder` without a name: it is gone whenever the process is.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, pixels: int):
         folder.mkdir(parents=True, exist_ok=True)
+        self._pixels = pixels
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by close
         self.count = 0
 
     def add(self, pictures: np.ndarray) -> None:
-        """Appends uint8 [n, 1024]."""
+        """Appends uint8 [n, pixels]."""
         self._file.write(np.ascontiguousarray(pictures))
         self.count += len(pictures)
 
     def pixels(self) -> np.ndarray:
-        """uint8 [count, 1024], read from the file as needed."""
+        """uint8 [count, pixels], read from the file as needed."""
         self._file.flush()
-        return np.memmap(self._file, np.uint8, "r", shape=(self.count, PIXELS))
+        pixels = np.memmap(self._file, np.uint8, "r", shape=(self.count, self._pixels))
+        return np.asarray(pixels)
 
     def close(self) -> None:
         self._file.close()
@@ -73,8 +75,8 @@ class Pool:
 class Release:
     """What was read of one level: pictures by name ("3/sample_7.png"), labels by name."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.pool = Pool(options.output_dir)
+    def __init__(self, job):
+        self.pool = Pool(job.options.output_dir, job.task.length)
         # of the picture in the pool; -1: it was there but no good
         self.position: dict[str, int] = {}
         self.label: dict[str, int] = {}
@@ -86,20 +88,30 @@ class Release:
         self.pool.close()
 
 
+def folder_of(task: Task) -> str:
+    """The release's folder of pictures of the task's size."""
+    return f"pathfinder{math.isqrt(task.length)}"
+
+
+def level_of(stem: str) -> str:
+    return stem[stem.index("curv_") :]
+
+
 def read_release(job, source: Path) -> Iterator[sources.Example]:
     """The pictures of job.stem. The first call reads those of all levels, in one pass."""
     if job.state is None:
         levels = job.options.level or LEVELS
-        job.state = {level: job.closing.enter_context(Release(job.options)) for level in levels}
+        job.state = {level: job.closing.enter_context(Release(job)) for level in levels}
         _read_levels(job, source, job.state)
         absent = [level for level, release in job.state.items() if not release.label]
         if len(absent) == len(levels) or (absent and not job.options.allow_partial):
             raise UserError(
                 f"{source} does not have {', '.join(absent)} with imgs and metadata; expected "
-                "pathfinder32 of the LRA release, a folder above it, or the release's archive "
+                f"{folder_of(job.task)} of the LRA release, a folder above it, or the release's "
+                "archive "
                 "(--level reads one of them, --allow_partial those that are there)"
             )
-    level = job.stem.removeprefix(NAME)
+    level = level_of(job.stem)
     release = job.state[level]
     if not release.label:
         raise driver.Absent(f"{source} does not have {level} with imgs and metadata")
@@ -113,8 +125,10 @@ def read_release(job, source: Path) -> Iterator[sources.Example]:
 
 
 def _read_levels(job, source: Path, found: dict[str, Release]) -> None:
-    batches = parallel.chunks(_pictures(source, found, job.skips), 500)
-    with job.map(_decode, batches) as results, job.progress(None, "picture") as bar:
+    pictures = _pictures(source, folder_of(job.task), found, job.skips)
+    decode = functools.partial(_decode, math.isqrt(job.task.length))
+    batches = parallel.chunks(pictures, 500)
+    with job.map(decode, batches) as results, job.progress(None, "picture") as bar:
         for decoded in results:
             for level, name, where, pixels in decoded:
                 release = found[level]
@@ -129,18 +143,18 @@ def _read_levels(job, source: Path, found: dict[str, Release]) -> None:
             bar.update(len(decoded))
 
 
-def _pictures(source: Path, found, skips) -> Iterator[tuple[str, str, str, bytes]]:
+def _pictures(source: Path, folder: str, found, skips) -> Iterator[tuple[str, str, str, bytes]]:
     """(level, name, where, bytes) of each picture; metadata goes to `found` at once."""
 
     def match(name: str):
         """What a file is; None if nothing that matters."""
         matched = MEMBER.search(name)
-        good = matched and matched[1] in (None, "pathfinder32") and matched[2] in found
+        good = matched and matched[1] in (None, folder) and matched[2] in found
         return matched if good else None
 
-    for root, prefix in _roots(source):
+    for root, prefix in _roots(source, folder):
         for member in sources.files(root, lambda name, prefix=prefix: match(prefix + name)):
-            _, level, folder, picture, metadata = match(prefix + member.name).groups()
+            _, level, batch, picture, metadata = match(prefix + member.name).groups()
             if metadata:
                 data = member.read(MAX_METADATA_BYTES)
                 for name, label in _rows(data, member.where, level, skips):
@@ -149,7 +163,7 @@ def _pictures(source: Path, found, skips) -> Iterator[tuple[str, str, str, bytes
                     else:
                         found[level].label[name] = label
             else:
-                yield level, f"{folder}/{picture}", member.where, _head(member)
+                yield level, f"{batch}/{picture}", member.where, _head(member)
 
 
 def _head(member: sources.Member) -> bytes:
@@ -157,13 +171,13 @@ def _head(member: sources.Member) -> bytes:
         return file.read(MAX_PICTURE_BYTES)
 
 
-def _roots(source: Path) -> Iterator[tuple[Path, str]]:
+def _roots(source: Path, name: str) -> Iterator[tuple[Path, str]]:
     """What to read, and what stands before its files' names: an archive, or the levels' folders
     wherever they are below `source`."""
     if not source.is_dir():
         yield source, ""
         return
-    for folder in (source, *(source / root / "pathfinder32" for root in sources.LRA_ROOTS)):
+    for folder in (source, *(source / root / name for root in sources.LRA_ROOTS)):
         for level in LEVELS:
             if (folder / level).is_dir():
                 yield folder / level, f"{level}/"
@@ -182,12 +196,12 @@ def accepts(source: Path) -> bool:
     return source.is_dir() or sources.is_archive(source)
 
 
-def is_whole(source: Path) -> bool:
+def is_whole(name: str, source: Path) -> bool:
     """Whether an unpacked release has all pictures; true of an archive."""
     if not source.is_dir():
         return True
     counts = dict.fromkeys(LEVELS, 0)
-    for folder, prefix in _roots(source):
+    for folder, prefix in _roots(source, name):
         with contextlib.suppress(FileNotFoundError), os.scandir(folder / "imgs") as batches:
             folders = (batch for batch in batches if batch.is_dir())
             counts[prefix[:-1]] += sum(len(os.listdir(batch)) for batch in folders)
@@ -195,23 +209,24 @@ def is_whole(source: Path) -> bool:
 
 
 def _decode(
+    side: int,
     batch: list[tuple[str, str, str, bytes]],
 ) -> list[tuple[str, str, str, np.ndarray | sources.Fault]]:
     """Replaces each picture's bytes by its pixels, or by what is wrong with it."""
-    return [(level, name, where, decode_picture(data)) for level, name, where, data in batch]
+    return [(level, name, where, decode_picture(data, side)) for level, name, where, data in batch]
 
 
-def decode_picture(data: bytes) -> np.ndarray | sources.Fault:
-    """Pixels uint8 [1024], row by row, of a 32x32 8-bit gray PNG; or why there are none."""
+def decode_picture(data: bytes, side: int = generator.SIDE) -> np.ndarray | sources.Fault:
+    """Pixels uint8 [side * side], row by row, of an 8-bit gray PNG; or why there are none."""
     try:
-        return encode.picture_of(data, _gray_pixels, ["PNG"])
+        return encode.picture_of(data, functools.partial(_gray_pixels, side), ["PNG"])
     except sources.Fault as fault:
         return fault
 
 
-def _gray_pixels(picture) -> np.ndarray:
-    if picture.size != (generator.SIDE, generator.SIDE) or picture.mode != "L":
-        raise sources.Fault("not a 32x32 8-bit gray picture")
+def _gray_pixels(side: int, picture) -> np.ndarray:
+    if picture.size != (side, side) or picture.mode != "L":
+        raise sources.Fault(f"not a {side}x{side} 8-bit gray picture")
     return np.frombuffer(picture.tobytes(), np.uint8)
 
 
@@ -271,13 +286,13 @@ def match_labels(release: Release, where: str, skips: Skips) -> tuple[np.ndarray
 def generate(job) -> Iterator[sources.Example]:
     """Draws --count pictures of job.stem; with --release_dir also as files in the release's
     layout."""
-    options, level = job.options, job.stem.removeprefix(NAME)
+    options, level = job.options, level_of(job.stem)
     job.counts = {"all": options.count}
     writer.check_free_space(options.output_dir, options.count * (4 * PIXELS + 100 + PIXELS))
     labels = []
     chunks = range(-(-options.count // generator.CHUNK))
     draw = functools.partial(_draw, level, options.seed)
-    with contextlib.closing(Pool(options.output_dir)) as pool:
+    with contextlib.closing(Pool(options.output_dir, PIXELS)) as pool:
         with (
             _release_files(options.release_dir, level) as save,
             job.map(draw, chunks) as results,
@@ -347,14 +362,18 @@ def split_indices(count: int, seed: int) -> dict[str, np.ndarray]:
     return {"train": order[:train], "dev": order[train:dev], "test": order[dev:]}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("which pictures")
-    group.add_argument(
+def add_levels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument_group("which pictures").add_argument(
         "--level",
         choices=LEVELS,
         action="append",
         help="one level only; repeatable (default: all)",
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_levels(parser)
+    group = parser.add_argument_group("pictures drawn here")
     group.add_argument(
         "--count",
         type=driver.positive,
@@ -376,7 +395,7 @@ def stems(options: argparse.Namespace) -> tuple[str, ...]:
     for level in levels if options.release_dir else ():
         if (folder := options.release_dir / "pathfinder32" / level).exists():
             raise UserError(f"{folder} exists: remove it or name another --release_dir")
-    return tuple(NAME + level for level in levels)
+    return tuple(f"lra-pathfinder32-{level}" for level in levels)
 
 
 TASK = Task(
@@ -390,13 +409,13 @@ TASK = Task(
     label_type=int,
     sources=(
         sources.Reader(
-            "the LRA release's folder, its pathfinder32, one level's folder, or its archive",
+            "the LRA release's folder, its folder of pictures, one level's, or its archive",
             read_release,
             accepts,
         ),
     ),
     places=("lra_release", "lra_release.gz"),
-    whole=is_whole,
+    whole=functools.partial(is_whole, "pathfinder32"),
     fetch="lra_release.gz",
     generate=generate,
     options=add_options,

@@ -189,7 +189,9 @@ def _when(records, facts, thresholds) -> list[str]:
     dense = [r for r in _of(records, "train") if r["phase"] == "dense"]
     body = ["<h2>When it switched, and why</h2>"]
     if chosen and not dense:
-        body.append(paragraph("It was sparse from the start."))
+        step = chosen[0]["step"]
+        told = f"It began sparse, from a dense prefix of {step:,} steps." if step else ""
+        body.append(paragraph(told or "It was sparse from the start."))
     elif chosen:
         first = chosen[0]
         body.append(

@@ -15,7 +15,7 @@ echo "== data: the label of each sequence can be read through 51 of its 1,024 pa
 "$PYTHON" preprocess/create_planted.py --output_dir "$data"
 echo "== training: dense until attention concentrates, then sparse with the blocks that hold most of it"
 "$PYTHON" main_learnable_skewness.py --mode train $run --name mass --pattern mass \
-    --transition_when concentrated --lift 3.5 --max_dense_steps 300
+    --transition_when concentrated --max_dense_steps 300
 step=$("$PYTHON" -c 'import json, sys; print(next(e["step"] for e in map(json.loads, open(sys.argv[1])) if e["event"] == "transition"))' \
     "$logs/mass.metrics.jsonl")
 echo "== the same run, switched after the same $step steps with the learned pattern of the original"

@@ -192,7 +192,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=(
             "of concentrated: attention in the best blocks against chance, in multiples of its "
-            "mean over steps 1 to 20 (default: 2)"
+            "mean over steps 1 to 20 (default: 3)"
         ),
     )
     transition.add_argument(

@@ -86,7 +86,7 @@ class SparsityConfig:
     masks: str | None = None  # file of the blocks of pattern given
     transition_when: str = "settled"
     max_dense_steps: int | None = None  # the transition comes at this step at the latest
-    lift: float = 2.0  # times the start's concentration, for concentrated
+    lift: float = 3.0  # times the start's concentration, for concentrated
     agreement: float = 0.9  # intersection over union, for agreeing
     densities: tuple | None = None  # falling, of as many sparse phases; the last is model.density
     phase_steps: int | None = None  # of each sparse phase but the last

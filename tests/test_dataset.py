@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import pwd
 import shutil
 import signal
 import subprocess
@@ -339,6 +340,17 @@ def test_a_read_only_folder_uses_the_users_cache(path, home):
         check(dataset.open_dataset(path, **TASK, notify=notices), rows(1000))
     assert notices.converted() == 1 and str(home) in notices[0]
     assert len(list(home.glob(".cache/sat/*/lra-x.train.pickle.cache/meta.json"))) == 1
+
+
+def test_a_user_without_a_home_gets_no_folder_called_tilde(path, monkeypatch):
+    """In a container: HOME unset, and a number as user that has no name."""
+
+    def getpwuid(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+    assert cache.cache_folders(path, None) == [path.with_name(f"{path.name}.cache")]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root may")

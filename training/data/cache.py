@@ -89,12 +89,13 @@ class Wanted:
 def cache_folders(path: Path, cache_dir) -> list[Path]:
     real = path.resolve()
     name = f"{real.name}.cache"
-    place = hashlib.sha256(os.fsencode(real)).hexdigest()[
-        :16
-    ]  # same names from other folders stay apart
+    # same names from other folders stay apart
+    place = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
     if cache_dir is not None:
         return [Path(cache_dir) / place / name]
-    return [real.parent / name, Path(os.path.expanduser("~/.cache/sat")) / place / name]
+    home = os.path.expanduser("~")  # stays ~ for a user without one
+    at_home = [Path(home, ".cache", "sat", place, name)] if os.path.isabs(home) else []
+    return [real.parent / name, *at_home]
 
 
 def file_state(file: BinaryIO) -> dict[str, int]:

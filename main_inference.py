@@ -24,13 +24,18 @@ def parse_arguments(argv):
 def main(argv) -> int:
     args = parse_arguments(argv)
     try:
-        from config import Aliases, Config
+        import config
         from training.commands import evaluate, launch
     except KeyboardInterrupt:
         return interrupted_early()
 
-    place = launch.Launch.from_environment(os.environ)
-    return launch.guarded(lambda: evaluate.evaluate_run(args, Config, Aliases, place))
+    def job() -> int:
+        launch.check_text(argv)
+        place = launch.Launch.from_environment(os.environ)
+        aliases = getattr(config, "Aliases", {})  # the original's config.py has none
+        return evaluate.evaluate_run(args, config.Config, aliases, place)
+
+    return launch.guarded(job)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python main_learnable_skewness.py --mode eval --task lra-image
 """
 
 import os
-import shlex
 import sys
 
 from training.options import add_training_arguments, build_parser, interrupted_early
@@ -27,18 +26,20 @@ def parse_arguments(argv):
 def main(argv) -> int:
     args = parse_arguments(argv)
     try:  # after parsing, so that --help and typing errors answer without loading torch
-        from config import Aliases, Config
+        import config
+        from training import shell
         from training.commands import evaluate, launch, train
     except KeyboardInterrupt:  # in the seconds that it takes
         return interrupted_early()
 
-    place = launch.Launch.from_environment(os.environ)
-    command = shlex.join(["python", "main_learnable_skewness.py", *argv])
-
     def job() -> int:
+        launch.check_text(argv)
+        place = launch.Launch.from_environment(os.environ)
+        aliases = getattr(config, "Aliases", {})  # the original's config.py has none
         if args.mode == "eval":
-            return evaluate.evaluate_run(args, Config, Aliases, place)
-        return train.train_run(args, Config, Aliases, place, command)
+            return evaluate.evaluate_run(args, config.Config, aliases, place)
+        command = shell.command(__file__, argv, launcher=place.torchrun)
+        return train.train_run(args, config.Config, aliases, place, command)
 
     return launch.guarded(job)
 

@@ -1,6 +1,11 @@
 """The model's expensive operations as functions of tensors: attention, statistics, the rest."""
 
-from kernels.attention import available_backends, block_sparse_attention, dense_attention
+from kernels.attention import (
+    available_backends,
+    block_sparse_attention,
+    dense_attention,
+    reason_against,
+)
 from kernels.fused import (
     DropoutKey,
     attention_output_feed_forward,
@@ -31,4 +36,5 @@ __all__ = [
     "key_words",
     "linear",
     "masked_mean",
+    "reason_against",
 ]

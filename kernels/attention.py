@@ -128,13 +128,13 @@ def choose_backend(op: str, backend: str, query: Tensor, layout: BlockLayout | N
             raise ValueError(
                 f"backend must be one of auto, {', '.join(BACKENDS)}, not {backend!r}"
             )
-        reason = _reason_against(backend, op, query, layout)
+        reason = reason_against(backend, op, query, layout)
         if reason:
             raise RuntimeError(f"backend {backend} cannot do {op}: {reason}")
         return _modules[backend]
     passed = []
     for name in BACKENDS:
-        reason = _reason_against(name, op, query, layout)
+        reason = reason_against(name, op, query, layout)
         if reason is None:
             break
         passed.append(f"{name}: {reason}")
@@ -220,7 +220,8 @@ def _reason_unavailable(name: str) -> str | None:
     return _modules[name].reason_unavailable()
 
 
-def _reason_against(name: str, op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
+def reason_against(name: str, op: str, query: Tensor, layout: BlockLayout | None) -> str | None:
+    """Why the backend `name` cannot do `op`, a function's name, on such a query; None: it can."""
     return _reason_unavailable(name) or _modules[name].supports(op, query, layout)
 
 

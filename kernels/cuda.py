@@ -250,7 +250,9 @@ class _Call:
         else:
             status = function(ctypes.byref(self.struct), 0, None)
         if status != 0:
-            raise RuntimeError(f"CUDA attention failed ({what}): {_error(library, status)}")
+            reason = _error(library, status)
+            kind = torch.OutOfMemoryError if "out of memory" in reason else RuntimeError
+            raise kind(f"CUDA attention failed ({what}): {reason}")
 
 
 def _with_aligned_rows(tensor: Tensor) -> Tensor:

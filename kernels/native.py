@@ -19,7 +19,7 @@ from torch import Tensor
 ABI = 4  # SAT_ABI in csrc/cpu/abi.h
 LIBRARY = Path(__file__).resolve().parent / "libsat_cpu.so"
 SOURCES = LIBRARY.parent / "csrc" / "cpu"
-STATUS = {1: "no memory for scratch space", 2: "a shape or dtype it does not support"}
+STATUS = {1: "not enough memory for scratch space", 2: "a shape or dtype it does not support"}
 
 
 def reason_unavailable() -> str | None:
@@ -52,11 +52,12 @@ def select_isa(name: str) -> None:
 
 
 def check(status: int, what: str) -> None:
-    """Raises RuntimeError if a function of the library did not return 0."""
+    """Raises MemoryError or RuntimeError if a function of the library did not return 0."""
     if status == 100:
         raise IndexError("a token id is outside the word table")
     if status != 0:
-        raise RuntimeError(f"{what} failed: {STATUS.get(status, f'status {status}')}")
+        kind = MemoryError if status == 1 else RuntimeError
+        raise kind(f"{what} failed: {STATUS.get(status, f'status {status}')}")
 
 
 def call(function: str, *arguments: int | bytes | None) -> None:

@@ -57,6 +57,8 @@ class ModelConfig:
                 raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
         if not 0.0 <= self.dropout_prob < 1.0:
             raise ValueError(f"model.dropout_prob must lie in [0, 1), not {self.dropout_prob}")
+        if self.dropout_prob > 0.999:  # nearer to 1, fp32 has no 1 / (1 - p) for it
+            raise ValueError(f"model.dropout_prob must be at most 0.999, not {self.dropout_prob}")
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"model.density must lie in (0, 1], not {self.density}")
         if self.embedding_dim != self.transformer_dim:

@@ -1,11 +1,16 @@
 """What a restart meets: files of others, another pickle, a command typed somewhere else."""
 
 import hashlib
+import os
+import pickle
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -112,6 +117,103 @@ def test_a_run_killed_at_its_start_can_be_resumed(fresh, capsys):
     assert "sat.last.model" in error
     assert tiny.train(fresh, "--resume") == 0
     assert "resumed at step 0" in capsys.readouterr().out
+
+
+# ---- another pickle ----------------------------------------------------------------
+
+
+def other_labels(split, items):
+    return [{**item, "label": np.int32((item["label"] + 1) % 10)} for item in items]
+
+
+def test_another_pickle_is_refused_on_resume(fresh, capsys):
+    assert tiny.train(fresh, "--stop_after", "5") == 0
+    before = contents(fresh / "out")
+    kept = fresh / "kept"
+    shutil.move(fresh / "data", kept)
+    tiny.write_data(fresh / "data", change=other_labels)  # as many examples of the same shape
+    capsys.readouterr()
+    refused(tiny.train(fresh, "--resume"), capsys, f"{tiny.TASK}.train.pickle", "--other_data")
+    assert contents(fresh / "out") == before
+    # a test set alone is noticed too
+    shutil.rmtree(fresh / "data")
+    shutil.copytree(kept, fresh / "data")
+    shutil.rmtree(fresh / "data" / f"{tiny.TASK}.test.pickle.cache", ignore_errors=True)
+    path = fresh / "data" / f"{tiny.TASK}.test.pickle"
+    path.write_bytes(pickle.dumps(other_labels("test", pickle.loads(path.read_bytes()))))
+    refused(tiny.train(fresh, "--resume"), capsys, f"{tiny.TASK}.test.pickle")
+    assert tiny.train(fresh, "--resume", "--other_data") == 0
+    assert f"{tiny.TASK}.test.pickle" in capsys.readouterr().out
+    # accepted once, it is the run's data
+    assert tiny.train(fresh, "--resume") == 0
+
+
+def test_the_same_data_written_again_is_accepted(fresh, capsys):
+    assert tiny.train(fresh, "--stop_after", "5") == 0
+    shutil.rmtree(fresh / "data")
+    tiny.write_data(fresh / "data")
+    assert tiny.train(fresh, "--resume") == 0
+    assert "other_data" not in capsys.readouterr().out
+
+
+# ---- printed commands --------------------------------------------------------------
+
+
+def printed(output):
+    return re.search(r"go on with: (.*)", output).group(1)
+
+
+def shell(command, cwd, **more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True, **more
+    )
+
+
+def test_the_printed_command_runs_as_printed(tmp_path):
+    """From another folder, with a quote and a space in the paths."""
+    home = tmp_path / "o'clock and more"
+    tiny.write_data(home / "data")
+    given = ["--train_steps", "8", "--batch_size", "8", *tiny.SETTINGS, "--stop_after", "4"]
+    words = tiny.arguments(Path("."), *given)
+    entry = os.path.relpath(ROOT / "main_learnable_skewness.py", home)
+    first = shell(shlex.join([sys.executable, entry, *words]), home)
+    assert first.returncode == 0, first.stderr
+    again = shell(printed(first.stdout), home)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step 4" in again.stdout and "Evaluation Results" in again.stdout
+    # the other commands that it prints: whatever they do, the shell splits them as meant
+    curves = re.search(r"curves: (.*)", again.stdout).group(1)
+    folder = Path(shlex.split(curves)[-1])
+    assert (home / folder).is_dir() and list((home / folder).glob("events.*"))
+
+
+def test_the_printed_command_runs_as_printed_under_torchrun(tmp_path):
+    tiny.write_data(tmp_path / "data")
+    given = ["--train_steps", "8", "--batch_size", "8", *tiny.SETTINGS, "--stop_after", "4"]
+    launcher = [sys.executable, *("-m", "torch.distributed.run", "--standalone")]
+    words = [*launcher, "--nproc_per_node=2", str(ROOT / "main_learnable_skewness.py")]
+    first = shell(shlex.join([*words, *tiny.arguments(tmp_path, *given)]), tmp_path)
+    assert first.returncode == 0, first.stderr
+    again = shell(printed(first.stdout), tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step 4" in again.stdout and "processes was 2" not in again.stdout
+
+
+def test_the_command_that_makes_the_data_runs_from_anywhere(tmp_path):
+    entry = ROOT / "main_learnable_skewness.py"
+    out = tmp_path / "in a folder"
+    out.mkdir()
+    given = [sys.executable, str(entry), "--task", "lra-listops", "--data_dir", "my data"]
+    missing = subprocess.run(given, cwd=out, capture_output=True, text=True)
+    assert missing.returncode == 2
+    command = missing.stderr.split("make it with: ")[1].strip()
+    script = next(word for word in shlex.split(command) if word.endswith(".py"))
+    assert (out / script).is_file()
+    made = shell(f"{command} --limit 20", out)
+    assert made.returncode == 0, made.stderr
+    # where the training looks for it
+    assert (out / "my data/lra-listops.train.pickle").is_file()
 
 
 def test_weights_are_whole_after_all_of_it(fresh):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import tiny
 import torch
 
 from models import SequenceClassifier
-from training import step
+from training import loop
 from training.interrupt import StopSignal
 from training.recording.checkpoint import load_checkpoint
 
@@ -114,7 +115,7 @@ def test_other_errors_are_not_taken_for_memory(fresh, monkeypatch):
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])
 def test_numbers_that_break_stop_before_the_weights_move(fresh, capsys, monkeypatch, part):
-    train_one = step._train_step
+    train_one = loop.train_step
 
     def poisoned(run):
         if run.step == 17:
@@ -126,7 +127,7 @@ def test_numbers_that_break_stop_before_the_weights_move(fresh, capsys, monkeypa
                 weight.register_hook(lambda gradient: gradient * torch.nan)
         return train_one(run)
 
-    monkeypatch.setattr(step, "_train_step", poisoned)
+    monkeypatch.setattr(loop, "train_step", poisoned)
     assert tiny.train(fresh, *FAST_TRANSITION) == 1
     error = capsys.readouterr().err
     last = tiny.checkpoints(fresh) / "sat.last.model"
@@ -139,19 +140,19 @@ def test_numbers_that_break_stop_before_the_weights_move(fresh, capsys, monkeypa
 
 
 def test_a_signal_ends_the_run_after_its_step(fresh, capsys, monkeypatch):
-    train_one = step._train_step
+    train_one = loop.train_step
 
     def interrupted(run):
         if run.step == 7:
             os.kill(os.getpid(), signal.SIGINT)
         return train_one(run)
 
-    monkeypatch.setattr(step, "_train_step", interrupted)
+    monkeypatch.setattr(loop, "train_step", interrupted)
     before = signal.getsignal(signal.SIGINT)
     assert tiny.train(fresh, *FAST_TRANSITION) == 130
     assert signal.getsignal(signal.SIGINT) is before
     output = capsys.readouterr().out
-    assert "stopped by SIGINT after step 8; go on with: python main_learn" in output
+    assert re.search("stopped by SIGINT after step 8; go on with: .*main_learn", output)
     assert load_checkpoint(tiny.checkpoints(fresh) / "sat.last.model").step == 8
 
 

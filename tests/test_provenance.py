@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from models import SequenceClassifier
-from training import step
+from training import loop
 from training.optim import PhaseOptimizer
 from training.recording import provenance
 from training.run import Run
@@ -134,7 +134,7 @@ def test_the_norm_of_the_gradient_before_it_is_clipped(fresh, monkeypatch, micro
 
 def test_the_loss_scale_and_a_skipped_step(fresh, monkeypatch):
     """fp16's scaler, which also works on a CPU; one gradient overflows."""
-    prepare, train_one = Run.__post_init__, step._train_step
+    prepare, train_one = Run.__post_init__, loop.train_step
 
     def with_scaler(run):
         prepare(run)
@@ -151,7 +151,7 @@ def test_the_loss_scale_and_a_skipped_step(fresh, monkeypatch):
         return result
 
     monkeypatch.setattr(Run, "__post_init__", with_scaler)
-    monkeypatch.setattr(step, "_train_step", overflowing)
+    monkeypatch.setattr(loop, "train_step", overflowing)
     assert tiny.train(fresh, "--train_steps", "5") == 0
     records = train_records(fresh)
     assert [record["skipped"] for record in records] == [False, False, True, False, False]

@@ -13,11 +13,14 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from training.errors import UserError
 
 # a process that waits this long for another one in an exchange takes it for dead; they differ by
 # little, as all do the same work
@@ -123,7 +126,8 @@ class World:
         """Replaces each tensor by its sum over all processes, in one exchange a dtype."""
         if self.size == 1 or not tensors:
             return
-        for dtype in {tensor.dtype for tensor in tensors}:
+        # in one order on all processes, which that of a set is not
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
             if len(same) == 1 and same[0].is_contiguous():
                 with _exchange():
@@ -143,6 +147,47 @@ class World:
             with _exchange():
                 dist.broadcast(tensor, 0)
         return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, by rank: plain values."""
+        found = [value] * self.size
+        if self.size > 1:
+            with _exchange():
+                dist.all_gather_object(found, value)
+        return found
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Checks that each process makes for itself: where one finds a mistake, all end with its
+        sentence."""
+        mistake = None
+        try:
+            yield
+        except UserError as error:
+            mistake = str(error)
+        first = next((found for found in self.gather(mistake) if found is not None), None)
+        if first is not None:
+            self.close()
+            raise UserError(first)
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Refuses processes that start from different things.
+
+        Args:
+            facts: what each starts from, by a name that makes sense in a sentence.
+        Raises:
+            UserError: the same sentence in all processes.
+        """
+        first, *others = self.gather(dict(facts))
+        for rank, found in enumerate(others, start=1):
+            different = [name for name in first if found.get(name) != first[name]]
+            if different:
+                self.close()
+                raise UserError(
+                    f"process {rank} of this job does not start from what process 0 starts from: "
+                    f"another {' and another '.join(different)}; all need the same arguments and "
+                    f"see the same files"
+                )
 
     def wait(self) -> None:
         """Until all processes are here."""

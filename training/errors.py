@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user."""
+"""The exceptions that end a command in one sentence."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Any other exception is a fault of the program and shows its traceback.
     """
+
+
+class TrainingFailed(RuntimeError):
+    """A run cannot go on; the message is one sentence for its user."""

@@ -1,8 +1,9 @@
-"""SIGINT and SIGTERM: the first one ends the run after the current step, a second one at once;
-once all is saved already the first."""
+"""Signals that ask for an end: the first one ends the run after the current step or batch, a
+second one at once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import Any
@@ -15,12 +16,15 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = 0
-        self._all_saved = False
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Takes over SIGINT and SIGTERM, until `remove`."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Takes over SIGINT, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (a cluster's warning
+        before SIGTERM), until `remove`; not what is ignored, as by nohup."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)
+            if number is None or signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._handle)
 
     def remove(self) -> None:
@@ -29,17 +33,16 @@ class StopSignal:
             signal.signal(number, handler)
         self._before.clear()
 
-    def all_saved(self) -> None:
-        """From now on there is nothing to finish: a signal ends the process at once."""
-        self._all_saved = True
-
     def _handle(self, number: int, frame) -> None:
-        if self.received or self._all_saved:
-            os._exit(self.exit_code(number))
+        if self.received:
+            if self.name_of(number) != "SIGHUP":  # a closing terminal sends it more than once
+                os._exit(self.exit_code(number))
+            return
         self.received = int(number)
         name = self.name_of(number)
         message = f"\n{name}: finishing this step, then saving; once more to exit at once\n"
-        os.write(2, message.encode())
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            os.write(2, message.encode())
 
     @staticmethod
     def name_of(number: int) -> str:

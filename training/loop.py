@@ -15,19 +15,18 @@ import torch
 from sparsity import Verdict
 from sparsity.observe import Observation
 from training.data.order import evaluation_subset
+from training.errors import TrainingFailed
 from training.evaluation import evaluate
 from training.probe import dense_pooled, probe
 from training.recording import provenance, words
 from training.recording.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from training.recording.files import CheckpointError
 from training.recording.reference_files import save_masks
-from training.run import Run, StepResult, TrainingFailed, not_finite
+from training.run import Run, StepResult, not_finite
 from training.settings import TaskConfig
 from training.step import train_step
 
 EVALUATION_SEED = 0  # the dev subset is the same for every run, so that runs can be compared
-
-
 FIRST_BEST_STEP = 100  # as in the reference, earlier evaluations are not worth a checkpoint
 
 
@@ -45,30 +44,36 @@ def train(run: Run) -> str:
         of one example. CheckpointError: a checkpoint cannot be written.
     """
     config, options = run.config.training, run.options
-    if run.step == 0:
-        save_first(run)
+    save_first(run)
     last_save = time.monotonic()
     # sparse from the start, or a fork of a dense prefix that is long enough
     if run.phase == "dense" and _is_over(run):
         enter_next_phase(run, f"--max_dense_steps {run.phases[0].max_steps}")
-    while run.step < config.num_train_steps and not _out_of_patience(run):
-        started = time.perf_counter()
-        result = train_step(run)
-        verdict = decide(run, result) if run.phase == "dense" else None
-        run.step += 1
-        run.seconds += time.perf_counter() - started
-        words.step_done(run, result, verdict)
+    while run.unfinished or (run.step < config.num_train_steps and not _out_of_patience(run)):
+        stop_signal = 0
+        if run.unfinished is None:
+            started = time.perf_counter()
+            result = train_step(run)
+            verdict = decide(run, result) if run.phase == "dense" else None
+            run.step += 1
+            run.seconds += time.perf_counter() - started
+            words.step_done(run, result, verdict)
+            stop_signal = result.stop_signal
+            run.unfinished = (verdict.ready, verdict.reason) if verdict else (False, "")
 
         last = run.step == config.num_train_steps
         evaluated = run.step % config.eval_frequency == 0 or last
-        if evaluated:
-            evaluate_and_keep_best(run, final=last)
-        ready = verdict is not None and verdict.ready
+        if evaluated and not evaluate_and_keep_best(run, final=last):
+            save_last(run)  # the step is resumed at its evaluation
+            name = run.stop.name_of(run.stop.received or run.stop.default)
+            words.resume_hint(run, f"stopped by {name}, while evaluating,")
+            return "interrupted"
+        (ready, reason), run.unfinished = run.unfinished, None
         # after the last step nothing would be trained with the blocks
         switched = (ready or _is_over(run)) and not last
         if switched:
             limit = "--max_dense_steps" if run.phase == "dense" else "--phase_steps"
-            enter_next_phase(run, verdict.reason if verdict and ready else limit)
+            enter_next_phase(run, reason if ready else limit)
         elif run.phase == "sparse":
             reselected = _is_due(run, run.phases[run.phase_index].reselect_every) and not last
             if reselected:
@@ -79,13 +84,13 @@ def train(run: Run) -> str:
         finished = last or _out_of_patience(run)
         cut = run.step == options.stop_after and not finished
         save_due = time.monotonic() - last_save > config.save_seconds
-        if evaluated or switched or finished or cut or result.stop_signal or save_due:
+        if evaluated or switched or finished or cut or stop_signal or save_due:
             save_last(run)
             last_save = time.monotonic()
         if finished:
             break
-        if result.stop_signal:
-            words.resume_hint(run, f"stopped by {run.stop.name_of(result.stop_signal)}")
+        if stop_signal:
+            words.resume_hint(run, f"stopped by {run.stop.name_of(stop_signal)}")
             return "interrupted"
         if cut:
             words.resume_hint(run, "--stop_after reached")
@@ -170,8 +175,9 @@ def reselect(run: Run) -> None:
     words.reselection_done(run, observation, before, masks)
 
 
-def evaluate_and_keep_best(run: Run, final: bool) -> None:
-    """Evaluates on the dev set; writes the best model of the current phase."""
+def evaluate_and_keep_best(run: Run, final: bool) -> bool:
+    """Evaluates on the dev set; writes the best model of the current phase. False if a signal
+    stopped it: nothing has changed then."""
     count = min(run.config.num_eval_examples, run.dev_data.size)
     indices = evaluation_subset(run.dev_data.size, count, EVALUATION_SEED)
     result = evaluate(
@@ -183,7 +189,11 @@ def evaluate_and_keep_best(run: Run, final: bool) -> None:
         precision=run.config.run.precision,
         world=run.world,
         attn_loss_scale=run.config.training.attn_loss_scale,
+        stop=run.stop,
+        notify=run.log.line,
     )
+    if result is None:
+        return False
     if not result.is_finite:
         raise not_finite(run, f"the evaluation loss after step {run.step}")
     better = run.best_accuracy is None or result.accuracy > run.best_accuracy
@@ -196,6 +206,7 @@ def evaluate_and_keep_best(run: Run, final: bool) -> None:
     elif run.best_accuracy is not None:
         run.evaluations_since_best += 1
     words.evaluation_done(run, result, keep)
+    return True
 
 
 # ---- what a run leaves behind ------------------------------------------------------
@@ -233,6 +244,8 @@ def save_last(run: Run) -> None:
         "phase_began": run.phase_began,
         "best_step": run.best_step,
         "evaluations_since_best": run.evaluations_since_best,
+        "unfinished": run.unfinished,
+        "skipped_in_a_row": run.skipped_in_a_row,
         "seconds": run.seconds,
         # data order and dropout are functions of (seed, step); torch's generator has only drawn
         # the initial weights
@@ -245,15 +258,15 @@ def save_last(run: Run) -> None:
 
 
 def save_first(run: Run) -> None:
-    """Saves before the first step, so that a run can be resumed from its first moment on, and
+    """Saves before a run's first step, so that it can be resumed from its first moment on, and
     loads it back: a model under names that no checkpoint is known by fails now, not after hours.
 
     Raises:
         TrainingFailed: it cannot be loaded; what was saved is removed.
     """
-    save_last(run)
-    if not run.world.is_main or run.paths is None:
+    if not run.world.is_main or run.paths is None or run.paths.last.exists():
         return
+    save_last(run)
     try:
         load_checkpoint(run.paths.last)
     except CheckpointError as error:
@@ -293,6 +306,8 @@ def restore(run: Run, state: TrainState, fork: bool = False) -> None:
         run.best_step = training["best_step"]
         run.evaluations_since_best = training["evaluations_since_best"]
     run.transition_step = training["transition_step"]
+    run.unfinished = training["unfinished"] and tuple(training["unfinished"])
+    run.skipped_in_a_row = training["skipped_in_a_row"]
     run.seconds = training["seconds"]
     torch.set_rng_state(training["rng_state"])
 

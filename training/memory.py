@@ -82,12 +82,28 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+# torch on a CPU (two wordings); the CUDA driver; cuBLAS, cuDNN and their kin
+_EXHAUSTED = (
+    "no memory",
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "alloc_failed",
+)
+
+
 def is_exhausted(error: BaseException) -> bool:
     """Whether an exception says that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return "can't allocate memory" in text or "not enough memory" in text
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _EXHAUSTED)
+
+
+def release(device: torch.device) -> None:
+    """Gives back what the allocator of a GPU keeps for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def human(count: float) -> str:

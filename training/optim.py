@@ -65,12 +65,15 @@ class PhaseOptimizer:
         """keep: gradients stay where they are in memory: captured graphs add to them there."""
         self.optimizer.zero_grad(set_to_none=not keep)
 
-    def drop_unfinished_state(self) -> None:
-        """Of parameters for which memory ended while their state was made; the next step makes it
-        anew. (AdamW takes whatever is there for the whole of it.)"""
+    def drop_unfinished_state(self) -> bool:
+        """Of parameters for which memory ended while their state was made, before any update; the
+        next step makes it anew. (AdamW takes whatever is there for the whole of it.) Whether there
+        was any."""
         state = self.optimizer.state
-        for parameter in [p for p in state if "exp_avg_sq" not in state[p]]:
+        unfinished = [p for p in state if "exp_avg_sq" not in state[p]]
+        for parameter in unfinished:
             del state[parameter]
+        return bool(unfinished)
 
     def clip(self) -> None:
         nn.utils.clip_grad_value_(self.parameters, GRADIENT_CLIP)

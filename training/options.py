@@ -159,6 +159,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     )
     training.add_argument(
+        "--other_data",
+        action="store_true",
+        help="resume with other data pickles than the run was started with",
+    )
+    training.add_argument(
         "--dry_run",
         action="store_true",
         help=(

@@ -15,16 +15,13 @@ from sparsity.patterns import PATTERNS
 from sparsity.phases import Phase
 from training.data.examples import Dataset
 from training.distributed import World
+from training.errors import TrainingFailed
 from training.graphs import MicroBatchGraphs
 from training.interrupt import StopSignal
 from training.optim import PhaseOptimizer
 from training.recording.log import NullLog
 from training.recording.paths import RunPaths
 from training.settings import TaskConfig
-
-
-class TrainingFailed(RuntimeError):
-    """A run cannot go on; the message is one sentence for its user."""
 
 
 @dataclass
@@ -67,8 +64,12 @@ class Run:
     best_accuracy: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    # of a step whose evaluation a signal stopped: whether the criterion was ready, and its word
+    unfinished: tuple[bool, str] | None = None
+    skipped_in_a_row: int = 0  # steps up to now whose gradient overflowed fp16
     seconds: float = 0.0  # spent training, over all its sessions
     session_began: float = field(default_factory=time.monotonic)
+    data_sha256: dict[str, str] = field(default_factory=dict)  # split -> that of its pickle
     mean_attention: Tensor | None = None  # [L, groups, N, N] fp32, dense phase only
 
     def __post_init__(self) -> None:

@@ -164,8 +164,8 @@ class RunConfig:
     patience: int | None = None  # evaluations without a better one after which training ends
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"--random must be at least 0, not {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--random must lie in [0, 2^63), not {self.seed}")
         if self.precision not in PRECISIONS:
             raise UserError(
                 f"--precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}"
@@ -264,6 +264,42 @@ UNUSED_FIELDS = {
 }
 
 
+# The original decides key padding and the number of inputs by a task's name: True where padded.
+_BY_NAME = dict.fromkeys(("lra-listops", "lra-text", "lra-retrieval"), True)
+_BY_NAME |= dict.fromkeys(("lra-news1", "lra-yelp1"), True)
+_BY_NAME |= dict.fromkeys(("lra-image", "lra-nature", "lra-pathfinder"), False)
+
+
+def of_the_original(
+    task: str, model: dict[str, Any], training: dict[str, Any], given: Mapping[str, Any]
+) -> list[str]:
+    """Completes a dict that was copied from the original, in place, and says how.
+
+    given: fields of the model that --set will add.
+
+    Raises:
+        UserError: the dict does not say what the task is, and neither does its name.
+    """
+    notices = []
+    if "distnace" in training:  # its spelling in lra-nature
+        training.setdefault("distance", training.pop("distnace"))
+        notices.append("training.distnace is read as training.distance")
+    missing = [field for field in ("key_padding", "num_inputs") if field not in {*model, *given}]
+    name = next((name for name in _BY_NAME if task.startswith(name)), None)
+    if missing and name is None:
+        raise UserError(
+            f"the dict of {task} lacks model.{missing[0]}: say whether attention ignores keys "
+            f"with id 0 (model.key_padding) and how many documents an example has "
+            f"(model.num_inputs)"
+        )
+    if missing and name is not None:
+        values = {"key_padding": _BY_NAME[name], "num_inputs": 1 + (name == "lra-retrieval")}
+        model.update({field: values[field] for field in missing})
+        said = ", ".join(f"model.{field} = {values[field]}" for field in missing)
+        notices.append(f"{said}: not in the task's dict, so by its name, as in the original")
+    return notices
+
+
 def resolve_task(name: str, tasks: Mapping[str, Any], aliases: Mapping[str, str]) -> str:
     """The task's full name.
 
@@ -339,12 +375,17 @@ def build_config(
         UserError: one sentence naming the field and what is allowed.
     """
     changes = parse_settings(settings)
-    merged = {name: {**task_dict.get(name, {}), **changes[name]} for name in changes}
+    for section in ("model", "training"):
+        if not isinstance(task_dict.get(section), Mapping):
+            raise UserError(f"the dict of {task} has no part {section!r}")
+    merged = {name: dict(task_dict.get(name, {})) for name in changes}
+    notices = of_the_original(task, merged["model"], merged["training"], changes["model"])
+    for name, values in changes.items():
+        merged[name] |= values
     for path, value in (flags or {}).items():
         if value is not None:
             section, field = path.split(".")
             merged[section][field] = value
-    notices = []
     training = merged["training"]
     steps, warmup = training.get("num_train_steps"), training.get("warmup")
     # a run shortened by --train_steps (or --set) keeps a warmup that fits it
@@ -360,7 +401,7 @@ def build_config(
             f"training steps"
         )
     sections = {name: _section(name, values) for name, values in merged.items()}
-    own = task_dict["training"]["batch_size"]
+    own = task_dict["training"].get("batch_size", sections["training"].batch_size)
     count = sections["training"].num_eval_steps * own
     config = TaskConfig(task, num_eval_examples=count, **sections)
     return config, notices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,18 +16,32 @@ from training import memory
 from training.batching import Chunk, plan_chunks
 from training.data.order import training_indices
 from training.distributed import PeerLostError
+from training.errors import TrainingFailed
 from training.forward import attention_loss, autocast, to_device
 from training.probe import Pooled
 from training.recording import words
-from training.run import Run, StepResult, TrainingFailed, not_finite
+from training.run import Run, StepResult, not_finite
+
+# fp16: steps in a row whose gradient overflowed, after which none will fit any more
+SKIPPED_AT_MOST = 20
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What the micro-batches of one process have come to, beside their gradients."""
+
+    totals: Tensor  # loss, correct answers, attention loss: summed on the device, read once
+    pooled: Pooled | None
 
 
 def train_step(run: Run) -> StepResult:
     """One optimizer step over the global batch, in micro-batches; halves them if the device's
-    memory does not suffice."""
+    memory does not suffice. What follows the micro-batches happens once: to repeat an update that
+    was begun would apply it twice."""
     while True:
         try:
-            return _train_step(run)
+            sums = _accumulate(run)
+            break
         except PeerLostError:
             raise
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -45,13 +60,13 @@ def train_step(run: Run) -> StepResult:
         # outside the handler: the exception's traceback would keep the failed step's tensors alive
         run.graphs.clear()
         run.optimizer.zero_grad()
-        run.optimizer.drop_unfinished_state()
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
+        memory.release(run.device)
         words.micro_batch_halved(run)
+    return _apply(run, sums)
 
 
-def _train_step(run: Run) -> StepResult:
+def _accumulate(run: Run) -> _Sums:
+    """Forward and backward over this process's part of the batch. Changes no weight."""
     config = run.config.training
     dense = run.phase == "dense"
     if dense and run.criterion.needs_mean_attention:
@@ -64,7 +79,6 @@ def _train_step(run: Run) -> StepResult:
         run.step * config.batch_size + begin,
         end - begin,
     )
-    # loss, correct answers, attention loss: summed on the device, read once
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)
     pooled = Pooled(run) if dense else None
     for chunk in plan_chunks(
@@ -82,7 +96,13 @@ def _train_step(run: Run) -> StepResult:
         else:
             sparse = partial(_forward_backward, run, share)
             totals += run.graphs.call(sparse, batch, key, version=(share, *run.model.layouts))
+    return _Sums(totals, pooled)
 
+
+def _apply(run: Run, sums: _Sums) -> StepResult:
+    """Sums over all processes, the checks, one update."""
+    config, totals, pooled = run.config.training, sums.totals, sums.pooled
+    dense = run.phase == "dense"
     gradients = [p.grad for p in run.optimizer.parameters if p.grad is not None]
     run.world.sum_(gradients)
     if dense and run.mean_attention is not None:
@@ -102,10 +122,30 @@ def _train_step(run: Run) -> StepResult:
         raise not_finite(run, f"the {'loss' if broken else 'gradient'} of step {run.step + 1}")
     learning_rate = run.optimizer.learning_rate
     loss_scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
+    skipped = not math.isfinite(peak)
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
     run.optimizer.clip()
-    run.scaler.step(run.optimizer.optimizer)
+    try:
+        run.scaler.step(run.optimizer.optimizer)
+    except (RuntimeError, MemoryError) as error:
+        # while it made its state, AdamW has not begun to update
+        if not memory.is_exhausted(error) or not run.optimizer.drop_unfinished_state():
+            raise
+        run.options.micro_batch_size = max(1, run.options.micro_batch_size // 2)
+        words.micro_batch_halved(run)
+        run.graphs.clear()
+        memory.release(run.device)
+        run.scaler.step(run.optimizer.optimizer)
     run.scaler.update()
-    run.optimizer.advance()
+    if not skipped:  # the schedule counts updates
+        run.optimizer.advance()
+    elif run.skipped_in_a_row >= SKIPPED_AT_MOST:
+        raise not_finite(
+            run,
+            f"the gradient of {SKIPPED_AT_MOST} steps in a row, up to step {run.step + 1}, "
+            f"whatever the loss scale (now {run.scaler.get_scale():g}; --precision fp32 and bf16 "
+            f"need none)",
+        )
     return StepResult(
         loss=loss_sum,
         attention_loss=attention_sum if dense else None,
@@ -113,7 +153,7 @@ def _train_step(run: Run) -> StepResult:
         learning_rate=learning_rate,
         gradient_norm=gradient_norm if math.isfinite(gradient_norm) else None,
         loss_scale=loss_scale,
-        skipped=not math.isfinite(peak),
+        skipped=skipped,
         # what was shared decides, so that all processes end after the same step
         stop_signal=(run.stop.received or run.stop.default) if signals > 0 else 0,
         seen=pooled.result() if pooled is not None else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def made_up_data(config: TaskConfig) -> Dataset:
     return MadeUpData(config)  # type: ignore[return-value]
 
 
-def dry_run(run: Run) -> int:
+def dry_run(run: Run, notices: Sequence[str] = ()) -> int:
     """One step of each phase (and the criterion twice, as from the second step on); prints what a
     run would take."""
     training = run.config.training
@@ -51,6 +52,8 @@ def dry_run(run: Run) -> int:
         f"{provenance.device_name(run.device)}, precision {run.config.run.precision}; nothing is "
         "written"
     )
+    for notice in notices:
+        print(notice)
     before = memory.peak_bytes(run.device)
     seconds = {}
     peaks = {}

@@ -16,6 +16,7 @@ from models import SequenceClassifier, build_model
 from training import memory
 from training.commands.launch import (
     Launch,
+    digest,
     open_split,
     resolve_backend,
     resolve_device,
@@ -24,15 +25,15 @@ from training.commands.launch import (
 from training.data import manifest
 from training.data.examples import Dataset
 from training.distributed import World, join_world
-from training.errors import UserError
+from training.errors import TrainingFailed, UserError
 from training.evaluation import Evaluation, evaluate
+from training.interrupt import StopSignal
 from training.recording import provenance, words
 from training.recording.checkpoint import TrainState, check_fits, load_checkpoint
 from training.recording.files import CheckpointError
 from training.recording.log import NullLog, RunLog
 from training.recording.paths import RunPaths
 from training.recording.reference_files import find_masks, mask_agreement
-from training.run import TrainingFailed
 from training.settings import TaskConfig, build_config, resolve_task, seed_of
 
 # share of a layer's mask that its pattern would choose; foreign masks reach about the density
@@ -47,23 +48,31 @@ def evaluate_run(
     task = resolve_task(args.task, tasks, aliases)
     args.random = seed_of(args.random, args.set)
     paths = RunPaths(Path(args.output_dir), args.random, task, args.name, mode="eval")
-    notices: list[str] = []
-    state = load_checkpoint(paths.model, getattr(args, "masks", None))
-    if state.config is not None and state.config["task"] != task:
-        raise UserError(f"{paths.model} belongs to task {state.config['task']}, not {task}")
-    config = _evaluation_config(args, task, tasks[task], state, paths)
-    attention = getattr(args, "attention", "auto")
-    state, notes = _with_attention(state, attention, paths, args)
-    notices += notes
     device = resolve_device(args.device, launch)
-    memory.keep_freed_memory()
-    precision, notes = _precision(args.precision, state, device)
-    notices += notes
-    backend = resolve_backend(args.backend, device)
-    model = model_of(state, config, backend, device, paths.model)
-    test_data = open_split(args.data_dir, config, tasks[task], "test", launch)
-    notices += manifest.describe(args.data_dir, config.task)
     world = join_world(launch.rank, launch.size, device)
+    with world.together():
+        state = load_checkpoint(paths.model, getattr(args, "masks", None))
+        if state.config is not None and state.config["task"] != task:
+            raise UserError(f"{paths.model} belongs to task {state.config['task']}, not {task}")
+        config, notices = _evaluation_config(args, task, tasks[task], state, paths)
+        attention = getattr(args, "attention", "auto")
+        state, notes = _with_attention(state, attention, paths, args)
+        notices += notes
+        memory.keep_freed_memory()
+        precision, notes = _precision(args.precision, state, device)
+        notices += notes
+        backend, notes = resolve_backend(args.backend, device, config.model, precision)
+        notices += notes
+        model = model_of(state, config, backend, device, paths.model)
+        test_data = open_split(args.data_dir, config, tasks[task], "test", launch)
+        notices += manifest.describe(args.data_dir, config.task)
+    world.agree(
+        {
+            "phase": state.phase,
+            f"{task}.test.pickle": test_data.sha256,
+            "set of weights": digest(state.model_state_dict),
+        }
+    )
     micro = args.batch_size or args.micro_batch_size
     if micro is None or micro == "auto":
         micro = memory.auto_micro_batch(config.model, test_data.size, device, world.size)
@@ -82,8 +91,9 @@ def evaluate_run(
         )
         for notice in notices:
             log.line(notice)
-        result, seconds = timed_test(model, test_data, micro, device, precision, world)
-        words.test_done(log, result, seconds, state.phase)
+        tested = timed_test(model, test_data, micro, device, precision, world, log)
+        assert tested is not None  # no signal is caught here: it ends the process
+        words.test_done(log, *tested, state.phase)
     finally:
         log.close()
         world.close()
@@ -96,16 +106,17 @@ def _evaluation_config(
     task_dict: Mapping[str, Any],
     state: TrainState,
     paths: RunPaths,
-) -> TaskConfig:
-    """Our checkpoints bring their own configuration; those of the reference take the task's."""
+) -> tuple[TaskConfig, list[str]]:
+    """Our checkpoints bring their own configuration; those of the reference take the task's. And
+    what is to be said about it."""
     if state.config is None:
-        return build_config(task, task_dict, settings=args.set)[0]
+        return build_config(task, task_dict, settings=args.set)
     if args.set:
         raise UserError(
             f"{paths.model} brings its own configuration; --set is for the reference's "
             f"checkpoints, which have none"
         )
-    return TaskConfig.from_dict(state.config)
+    return TaskConfig.from_dict(state.config), []
 
 
 def _precision(given: str, state: TrainState, device: torch.device) -> tuple[str, list[str]]:
@@ -200,8 +211,10 @@ def timed_test(
     device: torch.device,
     precision: str,
     world: World,
-) -> tuple[Evaluation, float]:
-    """Every example of the test set once; and the seconds it took.
+    log: NullLog,
+    stop: StopSignal | None = None,
+) -> tuple[Evaluation, float] | None:
+    """Every example of the test set once, and the seconds it took; None if a signal stopped it.
 
     Raises:
         TrainingFailed: the loss is not finite.
@@ -216,7 +229,11 @@ def timed_test(
         precision=precision,
         world=world,
         attn_loss_scale=None,
+        stop=stop,
+        notify=log.line,
     )
+    if result is None:
+        return None
     if not result.is_finite:
         raise TrainingFailed(
             f"the loss on the test set is not finite in {precision}: the model's numbers have "

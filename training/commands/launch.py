@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from typing import Any
 import torch
 
 import kernels
-from training.data.dataset import open_dataset
+from kernels import BlockLayout
+from models import ModelConfig, SequenceClassifier, build_model
+from training import memory, shell
+from training.data.dataset import open_dataset, script_of
 from training.data.examples import Dataset
 from training.distributed import PeerLostError
-from training.errors import UserError
+from training.errors import TrainingFailed, UserError
 from training.options import interrupted_early
 from training.recording.log import say
-from training.run import TrainingFailed
 from training.settings import TaskConfig
+
+DEFAULT_DATA = shell.ROOT / "data" / "lra_processed"
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,48 @@ class Launch:
     size: int = 1
     local_rank: int = 0
     restarts: int = 0  # how often torchrun has started the job anew
+    torchrun: tuple[str, ...] = ()  # the words that start such a job
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
+        """An empty variable counts as absent.
+
+        Raises:
+            UserError: variables that do not go together.
+        """
+        numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
+        numbers |= {"LOCAL_WORLD_SIZE": 0, "GROUP_WORLD_SIZE": 1, "TORCHELASTIC_MAX_RESTARTS": 0}
+        found = {name: environment[name] for name in numbers if environment.get(name)}
+        remedy = "torchrun sets them together; to train in one process, unset RANK and WORLD_SIZE"
+        for name, text in found.items():
+            if not text.isdecimal():
+                raise UserError(f"{name}={text} is no number; {remedy}")
+            numbers[name] = int(text)
+        rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+        if rank >= size or (size > 1 and "RANK" not in found):
+            given = ", ".join(f"{name}={found[name]}" for name in sorted(found))
+            raise UserError(f"{given} do not make a place among processes; {remedy}")
+        if size > 1 and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
+            raise UserError(f"WORLD_SIZE={size} without MASTER_ADDR and MASTER_PORT; {remedy}")
         return cls(
-            int(environment.get("RANK", 0)),
-            int(environment.get("WORLD_SIZE", 1)),
-            int(environment.get("LOCAL_RANK", 0)),
-            int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            rank,
+            size,
+            numbers["LOCAL_RANK"],
+            numbers["TORCHELASTIC_RESTART_COUNT"],
+            _torchrun(numbers, environment) if size > 1 else (),
         )
+
+
+def _torchrun(numbers: Mapping[str, int], environment: Mapping[str, str]) -> tuple[str, ...]:
+    nodes = numbers["GROUP_WORLD_SIZE"]
+    meeting = ["--standalone"]
+    if nodes > 1:
+        meeting = [f"--nnodes={nodes}", "--rdzv_backend=c10d"]
+        meeting += [f"--rdzv_endpoint={environment['MASTER_ADDR']}:29400", "--rdzv_id=resumed"]
+    processes = f"--nproc_per_node={numbers['LOCAL_WORLD_SIZE'] or numbers['WORLD_SIZE']}"
+    restarts = numbers["TORCHELASTIC_MAX_RESTARTS"]
+    again = [f"--max_restarts={restarts}"] if restarts else []
+    return ("-m", "torch.distributed.run", *meeting, processes, *again)
 
 
 def guarded(job: Callable[[], int]) -> int:
@@ -58,6 +96,16 @@ def guarded(job: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt:
         return interrupted_early()
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    """Raises UserError for an argument that is not UTF-8: logs and JSON could not hold it."""
+    for place, word in enumerate(arguments):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            given = " ".join(arguments[max(0, place - 1) : place + 1])
+            raise UserError(f"{given!a} is not UTF-8: choose another name") from None
 
 
 # ---- what arguments stand for ------------------------------------------------------
@@ -110,11 +158,13 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
-    """Refuses a named backend that cannot run here.
+def resolve_backend(
+    name: str, device: torch.device, model: ModelConfig, precision: str
+) -> tuple[str, list[str]]:
+    """The backend, and a sentence if "auto" ends at the slow one because of the model's shapes.
 
     Raises:
-        UserError: says why not.
+        UserError: a named backend cannot run here, or not this model; says why not.
     """
     if name != "auto":
         reason = kernels.available_backends().get(name)
@@ -125,7 +175,27 @@ def resolve_backend(name: str, device: torch.device) -> str:
             and name != "reference"
         ):
             raise UserError(f"--backend {name} does not run on --device {device.type}")
-    return name
+    asked = device.type if name == "auto" else name
+    if kernels.available_backends().get(asked) is not True:
+        return name, []  # that it is missing is said with the device
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    query = torch.empty(1, dtype=dtype, device=device)
+    query = query.expand(1, model.num_head, model.padded_length, model.head_dim)
+    diagonal = torch.eye(model.num_blocks, dtype=torch.bool, device=device)
+    layout = BlockLayout.from_mask(diagonal, model.block_size)
+    ops = {"dense_attention": None, "attention_statistics": layout}
+    ops["block_sparse_attention"] = layout
+    against = {op: kernels.reason_against(asked, op, query, given) for op, given in ops.items()}
+    reasons = "; ".join(dict.fromkeys(reason for reason in against.values() if reason))
+    if not reasons:
+        return name, []
+    if name != "auto":
+        raise UserError(f"--backend {name} cannot compute this model: {reasons}")
+    slow = " and ".join(op.replace("_", " ") for op, reason in against.items() if reason)
+    return name, [
+        f"backend reference, plain PyTorch, does {slow}, 3 to 10 times slower than {asked} would: "
+        f"{reasons}"
+    ]
 
 
 def open_split(
@@ -141,9 +211,14 @@ def open_split(
         UserError: missing (names the script that makes it), damaged, or not fitting the model.
     """
     path = Path(data_dir) / f"{config.task}.{split}.pickle"
+    about = task_dict.get("dataset") or {}  # for information: a dict may leave it out
     if not path.exists():
-        script = task_dict["dataset"]["create"]
-        raise UserError(f"there is no {path}; make it with: python {script}")
+        script = about.get("create") or script_of(config.task)
+        remedy = ""
+        if script is not None:
+            to = ["--output_dir", data_dir] if path.parent.resolve() != DEFAULT_DATA else []
+            remedy = f"; make it with: {shell.command(shell.ROOT / script, to)}"
+        raise UserError(f"there is no {path}{remedy}")
     model = config.model
     return open_dataset(
         path,
@@ -151,10 +226,33 @@ def open_split(
         length=model.padded_length,
         num_classes=model.num_classes,
         num_inputs=model.num_inputs,
-        expected_size=task_dict["dataset"][split],
+        expected_size=about.get(split),
         # at once, not with the log's first lines: converting a large pickle takes a while
         notify=say if launch.rank == 0 else lambda text: None,
     )
+
+
+def build(config: TaskConfig, backend: str, device: torch.device) -> SequenceClassifier:
+    """The model of a configuration.
+
+    Raises:
+        UserError: there is not enough memory for it.
+    """
+    try:
+        return build_model(config.model, backend).to(device)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        raise UserError("there is not enough memory for a model of this size") from None
+
+
+def digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """A checksum of a model's weights, to compare processes by."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        found.update(name.encode() + value.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def check_writable(folder: Path) -> None:

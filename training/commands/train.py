@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 
-from models import build_model
 from training import loop, memory
 from training.commands.dry_run import dry_run, made_up_data
 from training.commands.evaluate import model_of, timed_test
 from training.commands.launch import (
     Launch,
+    build,
     check_writable,
+    digest,
     open_split,
     resolve_backend,
     resolve_device,
@@ -30,7 +32,7 @@ from training.commands.launch import (
 from training.data import manifest
 from training.data.examples import Dataset
 from training.distributed import join_world
-from training.errors import UserError
+from training.errors import TrainingFailed, UserError
 from training.interrupt import StopSignal
 from training.recording import provenance, words
 from training.recording.checkpoint import (
@@ -43,7 +45,7 @@ from training.recording.files import CheckpointError, remove_stale_temporaries
 from training.recording.log import NullLog, RunLog
 from training.recording.paths import RunPaths
 from training.recording.reference_files import load_masks
-from training.run import Run, RunOptions, TrainingFailed
+from training.run import Run, RunOptions
 from training.settings import (
     SECTIONS,
     SparsityConfig,
@@ -86,35 +88,47 @@ def train_run(
     paths = RunPaths(Path(args.output_dir), args.random, task, args.name)
     if launch.restarts:  # the job was started anew after a failure: it goes on, whatever was typed
         args.resume = True
-    state = None
-    said: list[str] = []
-    if not args.dry_run:
-        state = _state_to_resume(args, paths, said)
-    forked = state is None and args.fork is not None and not args.dry_run
-    if forked:
-        state = _state_to_fork(args, task)
-    config, notices = _training_config(args, task, tasks[task], state, forked)
-    notices = said + notices
-    given_masks = _given_masks(config)
-    stored = (state.training or {}).get("resolved", {}) if state is not None else {}
     device = resolve_device(args.device, launch)
-    memory.keep_freed_memory()
-    precision = resolve_precision(config.run.precision, device)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
-    backend = resolve_backend(args.backend, device)
-    datasets: tuple[Dataset, Dataset]
-    if args.dry_run:
-        datasets = (made_up_data(config), made_up_data(config))
-    else:
-        train_data, dev_data, test_data = (
-            open_split(args.data_dir, config, tasks[task], split, launch)
-            for split in ("train", "dev", "test")
-        )
-        datasets = (train_data, dev_data)
-        notices += manifest.describe(args.data_dir, config.task)
-        check_writable(paths.output_dir)
     world = join_world(launch.rank, launch.size, device)
-    world.wait()  # all have looked for an earlier run before the first file of this one is there
+    with world.together():
+        state = None
+        said: list[str] = []
+        if not args.dry_run:
+            state = _state_to_resume(args, paths, said)
+        forked = state is None and args.fork is not None and not args.dry_run
+        if forked:
+            state = _state_to_fork(args, task)
+        config, notices = _training_config(args, task, tasks[task], state, forked)
+        notices = said + notices
+        given_masks = _given_masks(config)
+        stored = (state.training or {}).get("resolved", {}) if state is not None else {}
+        memory.keep_freed_memory()
+        precision = resolve_precision(config.run.precision, device)
+        config = dataclasses.replace(
+            config, run=dataclasses.replace(config.run, precision=precision)
+        )
+        backend, slow = resolve_backend(args.backend, device, config.model, precision)
+        notices += slow
+        datasets: tuple[Dataset, Dataset]
+        if args.dry_run:
+            datasets = (made_up_data(config), made_up_data(config))
+            hashes: dict[str, str] = {}
+        else:
+            train_data, dev_data, test_data = (
+                open_split(args.data_dir, config, tasks[task], split, launch)
+                for split in ("train", "dev", "test")
+            )
+            datasets = (train_data, dev_data)
+            opened = {"train": train_data, "dev": dev_data, "test": test_data}
+            hashes = {split: data.sha256 for split, data in opened.items()}
+            notices += _other_data(hashes, stored.get("data_sha256", hashes), task, args)
+            notices += manifest.describe(args.data_dir, config.task)
+            check_writable(paths.output_dir)
+        if config.training.batch_size < world.size:
+            raise UserError(
+                f"training.batch_size {config.training.batch_size} leaves some of {world.size} "
+                f"processes without an example; start at most that many"
+            )
     micro = args.micro_batch_size or stored.get("micro_batch_size")
     if micro is None or micro == "auto":
         micro = stored.get("micro_batch_size") or memory.auto_micro_batch(
@@ -122,7 +136,17 @@ def train_run(
         )
 
     torch.manual_seed(args.random)
-    model = build_model(config.model, backend).to(device)
+    model = build(config, backend, device)
+    # and so all have looked for an earlier run before the first file of this one is there
+    world.agree(
+        {
+            "step": str(state.step if state is not None else 0),
+            "phase": state.phase if state is not None else "dense",
+            "configuration": json.dumps(config.as_dict(), sort_keys=True),
+            **{f"{task}.{split}.pickle": value for split, value in hashes.items()},
+            "set of weights": digest(state.model_state_dict if state else model.state_dict()),
+        }
+    )
     options = RunOptions(
         stop_after=args.stop_after,
         micro_batch_size=micro,
@@ -154,10 +178,11 @@ def train_run(
         dev_data=datasets[1],
         stop=StopSignal(),
         given_masks=given_masks,
+        data_sha256=hashes,
     )
     try:
         if args.dry_run:
-            return dry_run(run)
+            return dry_run(run, notices)
         run.stop.install()
         if state is not None:
             check_fits(args.fork if forked else paths.last, state, model.state_dict())
@@ -188,6 +213,14 @@ def _train_and_test(run: Run, test_data: Dataset) -> int:
         outcome = loop.train(run)
     except CheckpointError as error:
         raise TrainingFailed(str(error)) from None
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        # an update may be half done: nothing of this process is worth saving
+        raise TrainingFailed(
+            f"memory exhausted after the micro-batches of step {run.step + 1}, where smaller ones "
+            f"do not help; the last checkpoint is {run.paths.last}"
+        ) from None
     except OSError as error:
         reason = error.strerror or error
         last = run.paths.last
@@ -199,22 +232,24 @@ def _train_and_test(run: Run, test_data: Dataset) -> int:
         return run.stop.exit_code(run.stop.received or run.stop.default)
     if outcome == "stopped":
         return 0
-    if run.stop.received:  # came too late for the loop
-        name = run.stop.name_of(run.stop.received)
-        words.resume_hint(run, f"stopped by {name}, before the test")
-        return run.stop.exit_code(run.stop.received)
-    run.stop.all_saved()
     run.world.wait()  # the first process has written the best model
     state = load_checkpoint(run.paths.model)
     model = model_of(state, run.config, run.model.backend, run.device)
-    result, seconds = timed_test(
+    tested = timed_test(
         model,
         test_data,
         run.options.micro_batch_size,
         run.device,
         run.config.run.precision,
         run.world,
+        run.log,
+        run.stop,
     )
+    if tested is None:
+        number = run.stop.received or run.stop.default
+        words.resume_hint(run, f"stopped by {run.stop.name_of(number)}, while testing,")
+        return run.stop.exit_code(number)
+    result, seconds = tested
     words.test_done(run.log, result, seconds, state.phase)
     words.run_finished(run, result, state)
     return 0
@@ -357,6 +392,24 @@ def _given_masks(config: TaskConfig) -> torch.Tensor | None:
     return masks
 
 
+def _other_data(
+    hashes: dict[str, str], stored: dict[str, str], task: str, args: argparse.Namespace
+) -> list[str]:
+    """What is to be said about pickles that are not those a run began with.
+
+    Raises:
+        UserError: they were not accepted.
+    """
+    others = [split for split in hashes if hashes[split] != stored[split]]
+    paths = ", ".join(str(Path(args.data_dir) / f"{task}.{split}.pickle") for split in others)
+    if others and not args.other_data:
+        raise UserError(
+            f"not the data that the run was started with (another SHA-256): {paths}; put the old "
+            f"ones back, or accept these with --other_data"
+        )
+    return [f"other data from here on (--other_data): {paths}"] if others else []
+
+
 def _changed_circumstances(run: Run, stored: dict) -> list[str]:
     """What may make a resumed run's bits differ from an uninterrupted one's."""
     now = provenance.resolved_settings(run)
@@ -369,7 +422,6 @@ def _changed_circumstances(run: Run, stored: dict) -> list[str]:
             "device",
             "backend",
             "micro_batch_size",
-            "train_examples",
         )
         if stored.get(name) != now[name]
     ]

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from training import shell
 from training.data import manifest
 from training.data.cache import (
     NPY_HEADER,
@@ -110,11 +111,17 @@ def open_dataset(
         return _read_into_memory(file, wanted)
 
 
+def script_of(task: str) -> str | None:
+    """The script that makes a task's pickles; a file's name does for the task's."""
+    found = (script for name, script in _SCRIPTS.items() if task.startswith(name))
+    return next((f"preprocess/{script}" for script in found), None)
+
+
 def _missing(path: Path) -> str:
-    for task, script in _SCRIPTS.items():
-        if path.name.startswith(task):
-            return f"{path} does not exist: make it with `python preprocess/{script}`"
-    return f"{path} does not exist"
+    script = script_of(path.name)
+    if script is None:
+        return f"{path} does not exist"
+    return f"{path} does not exist: make it with {shell.command(shell.ROOT / script, [])}"
 
 
 def _check_size(file: BinaryIO, wanted: Wanted, expected_size: int | None) -> None:

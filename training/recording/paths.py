@@ -1,5 +1,6 @@
 """Where a run's files lie, named as the reference names them."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,16 @@ class RunPaths:
         if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
             raise UserError(f"a run's name becomes part of file names, which {self.name!r} cannot")
         object.__setattr__(self, "output_dir", Path(self.output_dir))
+        longest = len(os.fsencode(f".{self.masks.name}.01234567.saving"))  # while it is written
+        if longest > 255:
+            raise UserError(
+                f"--name {self.name[:20]}...: {longest - 255} bytes too long to become part of "
+                f"file names"
+            )
+        try:
+            self.output_dir.exists()
+        except OSError as error:
+            raise UserError(f"--output_dir {self.output_dir}: {error.strerror}") from None
 
     @property
     def _checkpoints(self) -> Path:

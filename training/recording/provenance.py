@@ -35,7 +35,7 @@ def resolved_settings(run: Run) -> dict[str, Any]:
         "device": run.device.type,
         "processes": run.world.size,
         "threads": torch.get_num_threads(),
-        "train_examples": run.train_data.size,
+        "data_sha256": run.data_sha256,
     }
 
 

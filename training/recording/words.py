@@ -5,6 +5,7 @@ Called by the loop at fixed places; decides nothing.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 import kernels
 from sparsity import PATTERNS, Verdict
 from sparsity.observe import Observation, Values, describe_masks
-from training import memory
+from training import memory, shell
 from training.evaluation import Evaluation
 from training.recording.checkpoint import TrainState
 from training.recording.figures import draw_blocks, save_png
@@ -104,7 +105,9 @@ def hyperparameters(run: Run) -> dict[str, Any]:
     config = run.config
     sections = {name: config.section(name) for name in SECTIONS}
     flat = {f"{name}.{key}": v for name, values in sections.items() for key, v in values.items()}
-    return {"task": config.task, **flat, **resolved_settings(run)}
+    resolved = resolved_settings(run)
+    del resolved["data_sha256"]  # no number to compare runs by
+    return {"task": config.task, **flat, **resolved}
 
 
 def run_resumed(run: Run, warnings: list[str], command: str) -> None:
@@ -457,4 +460,5 @@ def run_finished(run: Run, result: Evaluation, tested: TrainState) -> None:
         lambda: write_run_page(paths.metrics, paths.run_json, page),
     )
     run.log.line(f"numbers: {run.paths.metrics}, {run.paths.run_json}")
-    run.log.line(f"curves: tensorboard --logdir {run.paths.tensorboard}")
+    curves = ["-m", "tensorboard.main", "--logdir", str(run.paths.tensorboard)]
+    run.log.line(f"curves: {shlex.join([shell.python(), *curves])}")

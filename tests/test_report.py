@@ -1,6 +1,7 @@
 """The report of a run: what it says, and that a browser shows it, from disk, without network."""
 
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -22,26 +23,42 @@ from training.recording.checkpoint import load_checkpoint  # noqa: E402
 FAST = ["--sk", "-100", "--ds", "1e9", "--set", "training.eval_frequency=5"]
 
 
+# options of each session of a run, and the figures on its page
+RUNS = {
+    "switched": ([FAST], 6),
+    "never switched": ([["--sk", "1e6"]], 6),
+    "sparse from the start": ([["--max_dense_steps", "0", "--pattern", "band"]], 5),
+    "resumed": ([[*FAST, "--stop_after", "12"], [*FAST, "--resume"]], 6),
+    "chosen anew": ([[*FAST, "--pattern", "mass", "--reselect_every", "6"]], 7),
+    "of two documents": ([FAST], 6),
+}
+
+
+def write_pairs(folder):
+    """A tiny lra-retrieval."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for split in ("train", "dev", "test"):
+        items = [
+            {f"input_ids_{i}": random.integers(1, 200, 64).astype(np.int32) for i in (0, 1)}
+            | {"label": np.int32(number % 2)}
+            for number in range(21)
+        ]
+        (folder / f"lra-retrieval.{split}.pickle").write_bytes(pickle.dumps(items))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A page of each kind of run."""
     pages = {}
-    for kind, options in {
-        "switched": [FAST],
-        "never switched": [["--sk", "1e6"]],
-        "sparse from the start": [["--max_dense_steps", "0", "--pattern", "band"]],
-        "resumed": [[*FAST, "--stop_after", "12"], [*FAST, "--resume"]],
-    }.items():
+    for kind, (sessions, _) in RUNS.items():
         folder = tmp_path_factory.mktemp(kind.replace(" ", "_"))
-        tiny.write_data(folder / "data")
-        for given in options:
-            assert tiny.train(folder, *given) == 0
-        pages[kind] = tiny.logs(folder) / "train.sat.html"
+        task = "lra-retrieval" if kind == "of two documents" else tiny.TASK
+        (tiny.write_data if task == tiny.TASK else write_pairs)(folder / "data")
+        for given in sessions:
+            assert tiny.train(folder, "--task", task, *given) == 0
+        pages[kind] = folder / "out/logs/log-0" / task / "train.sat.html"
     return pages
-
-
-FIGURES = {"switched": 6, "never switched": 6, "sparse from the start": 5, "resumed": 6}
-KINDS = list(FIGURES)
 
 
 def text(path):
@@ -73,13 +90,18 @@ def test_each_kind_of_run_is_told_apart(runs):
     assert "It was sparse from the start." in start and "No attention was measured" in start
     resumed = text(runs["resumed"])
     assert "started at step 0" in resumed and "started at step 12" in resumed
+    anew = text(runs["chosen anew"])
+    assert "Blocks were chosen 5 times, last after step 27." in anew
+    for step in (3, 27):
+        assert f"Attention and kept blocks after step {step}." in anew
+    assert "lra-retrieval, sat, seed 0" in text(runs["of two documents"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNS)
 def test_pages_hold_everything_and_every_figure(runs, kind):
     content = runs[kind].read_text()
     assert "not drawn" not in content
-    assert content.count("<svg") == FIGURES[kind]
+    assert content.count("<svg") == RUNS[kind][1]
     # nothing is fetched: the only addresses are names of XML
     addresses = set(re.findall(r'(?:src|href)="([^"]*)|url\(([^)]*)', content))
     addresses = {first or second for first, second in addresses}
@@ -253,7 +275,7 @@ def browse(tmp_path, path, width, *more):
 
 
 @pytest.mark.parametrize("width", [360, 1600])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNS)
 def test_the_page_fits_its_window(runs, tmp_path, kind, width):
     probed = tmp_path / "page.html"
     probed.write_text(runs[kind].read_text().replace("</body>", PROBE + "</body>"))

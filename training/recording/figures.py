@@ -77,6 +77,9 @@ def criterion(records: Records, thresholds: dict[str, float]) -> str:
     """What the criterion looked at, against its thresholds, on one axis of steps."""
     found = observations(records)
     shown = {name: found[name] for name in thresholds if name in found}
+    # not what came after its work was done
+    last = max((steps[-1] for steps, _ in shown.values()), default=0)
+    records = [record for record in records if record["step"] <= last]
     return _small_multiples(records, shown, thresholds, height=1.6)
 
 

@@ -670,7 +670,7 @@ def test_masks_that_are_none(tmp_path):
         (torch.zeros(1, 2, 4, 5), r"\[1, 2, 4, 5\] where masks"),
         (different, "differ from each other"),
         ([1, 2], "list where masks"),
-        (torch.zeros(1).expand(10**6, 10**6, 10**3, 10**3), "damaged or no pickle"),
+        (torch.zeros(1).expand(10**6, 10**6, 10**3, 10**3), "damaged or no file"),
     ]:
         path.write_bytes(pickle.dumps(content))
         with pytest.raises(CheckpointError, match=expected):

@@ -152,6 +152,9 @@ def test_two_processes_equal_one(undisturbed, tmp_path):
     for two, one in zip(ours, expected, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert two["accuracy"] == pytest.approx(one["accuracy"])
+        for name in ("skewness", "distance"):
+            if one[name][0] is not None:
+                assert two[name] == pytest.approx(one[name], rel=1e-3)
     two, one = (
         load_checkpoint(tiny.checkpoints(f) / "sat.model") for f in (undisturbed, tmp_path)
     )
@@ -162,6 +165,10 @@ def test_two_processes_equal_one(undisturbed, tmp_path):
         for f in (undisturbed, tmp_path)
     ]
     assert results[0] == results[1] and results[0][0][0] == 31  # odd, every example once
+    losses = [
+        [r["loss"] for r in records(f) if r["event"] == "eval"] for f in (undisturbed, tmp_path)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_one_process_speaks(undisturbed):

@@ -5,7 +5,7 @@ import torch
 
 from config import Config
 from training.optim import PhaseOptimizer
-from training.settings import build_config
+from training.settings import TrainingConfig, build_config
 
 
 def schedule(config, phase="dense", steps=None):
@@ -62,3 +62,33 @@ def test_gradients_are_clipped_by_value_and_frozen_parameters_left_out():
     optimizer.clip()
     assert free.grad.tolist() == [-1.0, 0.5, 1.0]
     assert len(optimizer.optimizer.param_groups[0]["params"]) == 1
+
+
+def test_an_update_is_adamws_with_eps_beta2_and_weight_decay():
+    """Against the formula in float64, with numbers that let each of them matter."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(5))
+    config = TrainingConfig(
+        batch_size=8,
+        learning_rate=0.1,
+        warmup=0,
+        eval_frequency=1,
+        num_train_steps=10,
+        num_eval_steps=1,
+        weight_decay=0.3,
+    )
+    ours = PhaseOptimizer([weight], config, "sparse")  # constant: half the rate, beta1 0.9
+    value = weight.detach().double().clone()
+    first, second = torch.zeros(5).double(), torch.zeros(5).double()
+    for step in range(1, 6):
+        gradient = torch.randn(5) * 10.0 ** torch.arange(-8, 2, 2)  # around eps, and far above
+        weight.grad = gradient.clone()
+        ours.clip()
+        ours.optimizer.step()
+        clipped = gradient.double().clamp(-1, 1)
+        value *= 1 - 0.05 * 0.3
+        first = 0.9 * first + 0.1 * clipped
+        second = 0.999 * second + 0.001 * clipped**2
+        deviation = (second / (1 - 0.999**step)).sqrt() + 1e-6
+        value -= 0.05 * first / (1 - 0.9**step) / deviation
+    assert torch.allclose(weight.detach().double(), value, rtol=1e-5, atol=1e-7)

@@ -54,10 +54,13 @@ def test_every_block_says_whether_it_runs():
     for page in PAGES:
         for mark, body in blocks(page):
             assert mark in ("run", "slow") or mark.startswith("not "), f"{name(page)}:\n{body}"
+        # a command outside of a fence would escape
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+        assert not re.search(r"^ {4,}(python|sh|make|pip) ", text, flags=re.M), name(page)
 
 
 def test_most_pages_have_something_that_runs():
-    assert len(CASES) >= 4
+    assert len(CASES) >= 5
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ MORE_LAUNCHES = {  # beside the first
     "aten.embedding_dense_backward": 5,  # sort, counts, sums
     "aten.index_add_": 1,
     "aten.nonzero": 2,
-    "sat_cuda.attention_backward": 1,  # by rows, by columns
+    "sat.attention_backward": 1,  # by rows, by columns
 }
 
 
@@ -110,7 +110,7 @@ class Operators(TorchDispatchMode):
         traffic = stored_bytes((read, kwargs)) + stored_bytes(out if out is not None else args[0])
         if name.startswith(("aten.embedding.", "aten.index_select.")):  # the rows, not the table
             traffic = 2 * stored_bytes(out) + stored_bytes(args[2:] or args[1:])
-        if name.startswith("sat_cuda.attention_backward"):  # query, key, value, dout again
+        if name.startswith("sat.attention_backward"):  # query, key, value, dout again
             traffic += stored_bytes(args[:4])
         base = name.rsplit(".", 1)[0]
         self.count.add(base, 1 + MORE_LAUNCHES.get(base, 0), traffic)
@@ -129,7 +129,8 @@ class Waits(TorchFunctionMode):
         if function is Tensor.pin_memory:
             self.pinned.append(args[0])
             return args[0]
-        if function is torch.tensor and kwargs.get("device") is not None:
+        # the string: memory of the host, as `device=x.device` is not
+        if function is torch.tensor and not isinstance(kwargs.get("device"), str | None):
             self.count.waits["upload of Python's numbers"] += 1
         pinned = any(args[0] is tensor for tensor in self.pinned) if args else False
         if function is Tensor.to and kwargs.get("non_blocking") and not pinned:
@@ -142,7 +143,7 @@ def as_on_cuda(count: Count) -> Iterator[None]:
     """Lets fake CPU tensors take the ways of CUDA tensors, as far as operators are concerned."""
     from torch.nn.utils import clip_grad
 
-    from kernels import cuda, triton_layer
+    from kernels import cuda, triton, triton_layer
     from training import forward
 
     def dropout(x, p=0.5, training=True, inplace=False):
@@ -162,7 +163,7 @@ def as_on_cuda(count: Count) -> Iterator[None]:
         (F, "dropout", dropout),
         (forward, "is_gpu", lambda device: True),
         (triton_layer, "launch", launch),
-        (triton_layer, "DEVICE", "cpu"),
+        (triton, "DEVICE", "cpu"),
         (cuda, "_no_device", lambda: None),
         (cuda, "_load", lambda: (None, None)),
         (cuda, "_reason_too_large", lambda *shape: None),

@@ -1,19 +1,14 @@
 """The model's expensive operations as functions of tensors: attention, statistics, the rest."""
 
-from kernels.attention import (
-    available_backends,
-    block_sparse_attention,
-    dense_attention,
-    reason_against,
-)
-from kernels.fused import (
-    DropoutKey,
+from kernels.attention import block_sparse_attention, dense_attention
+from kernels.backends import Call, available_backends, can_run
+from kernels.dropout import DropoutKey, key_words
+from kernels.layer import (
     attention_output_feed_forward,
     attention_projections,
     dropout_add_layer_norm,
     embedding_dropout_layer_norm,
     gelu_dropout,
-    key_words,
     linear,
     masked_mean,
 )
@@ -23,12 +18,14 @@ from kernels.statistics import AttentionStatistics, attention_statistics
 __all__ = [
     "AttentionStatistics",
     "BlockLayout",
+    "Call",
     "DropoutKey",
     "attention_output_feed_forward",
     "attention_projections",
     "attention_statistics",
     "available_backends",
     "block_sparse_attention",
+    "can_run",
     "dense_attention",
     "dropout_add_layer_norm",
     "embedding_dropout_layer_norm",
@@ -36,5 +33,4 @@ __all__ = [
     "key_words",
     "linear",
     "masked_mean",
-    "reason_against",
 ]

@@ -6,6 +6,7 @@ Shape letters: nb blocks along a side (N / block_size), nnz kept blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,60 +14,40 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """Kept blocks by row (for out and dq) and by column (for dk, dv). Made by `from_mask`."""
+    """Kept blocks, and what kernels read of them. Made by `from_mask`.
 
-    block_mask: Tensor  # bool [nb, nb], True = kept; rows are query blocks, columns keys
+    The lists are built when first asked for. But for `num_active` and `row_groups` nothing waits
+    for the device: the number of kept blocks stays there.
+    """
+
+    # bool [nb, nb], True = kept; rows are query blocks, columns keys. [H, nb, nb]: for each head
+    block_mask: Tensor
     block_size: int
-    row_offsets: (
-        Tensor  # int32 [nb + 1]; row r keeps row_columns[row_offsets[r] : row_offsets[r + 1]]
-    )
-    row_columns: Tensor  # int32 [nnz], ascending within a row
-    column_offsets: Tensor  # int32 [nb + 1]
-    column_rows: Tensor  # int32 [nnz], ascending within a column
-    # Rows that keep equally many blocks, so that plain torch can treat them as one batch:
-    # pairs of rows int64 [R] and their columns int64 [R, c]; empty rows are in no group.
-    row_groups: tuple[tuple[Tensor, Tensor], ...]
+    causal: bool = False  # a query attends to no later key: diagonal blocks are cut to a triangle
 
     @classmethod
-    def from_mask(cls, block_mask: Tensor, block_size: int) -> BlockLayout:
-        """Build the lists of `block_mask`.
+    def from_mask(cls, block_mask: Tensor, block_size: int, causal: bool = False) -> BlockLayout:
+        """The layout that keeps the blocks of `block_mask`.
 
         Args:
-            block_mask: bool [nb, nb], True = kept; rows and columns may be empty.
+            block_mask: bool [nb, nb], or [H, nb, nb] for each head its own; True = kept; rows and
+                columns may be empty. It is copied.
             block_size: side of a block in tokens, at least 1.
-        Raises: ValueError if the mask is not a square bool matrix or block_size no positive int.
+            causal: no query attends to a later key. Blocks above the diagonal are dropped, those
+                on it are cut to the triangle.
+        Raises: ValueError if the mask is not bool and square or block_size no positive int.
         """
         if not isinstance(block_mask, Tensor) or block_mask.dtype != torch.bool:
             found = getattr(block_mask, "dtype", type(block_mask).__name__)
             raise ValueError(f"block_mask must be a bool tensor, not {found}")
-        if block_mask.dim() == 3:
+        if block_mask.dim() not in (2, 3) or block_mask.shape[-2] != block_mask.shape[-1]:
             raise ValueError(
-                f"block_mask has shape {list(block_mask.shape)}: a mask for each head is not "
-                "supported yet, give one [nb, nb] for all heads"
+                f"block_mask must be square, [nb, nb] or [H, nb, nb], not {list(block_mask.shape)}"
             )
-        if block_mask.dim() != 2 or block_mask.shape[0] != block_mask.shape[1]:
-            raise ValueError(f"block_mask must be square [nb, nb], not {list(block_mask.shape)}")
         if not isinstance(block_size, int) or block_size < 1:
             raise ValueError(f"block_size must be a positive whole number, not {block_size!r}")
-
-        block_mask = block_mask.detach().clone()
-        row_offsets, row_columns = _lists(block_mask)
-        column_offsets, column_rows = _lists(block_mask.t())
-        counts = block_mask.sum(1)
-        groups = []
-        for count in counts.unique().tolist():
-            if count:
-                rows = (counts == count).nonzero()[:, 0]
-                groups.append((rows, block_mask[rows].nonzero()[:, 1].view(-1, count)))
-        return cls(
-            block_mask=block_mask,
-            block_size=block_size,
-            row_offsets=row_offsets,
-            row_columns=row_columns,
-            column_offsets=column_offsets,
-            column_rows=column_rows,
-            row_groups=tuple(groups),
-        )
+        mask = block_mask.detach()
+        return cls(mask.tril() if causal else mask.clone(), block_size, bool(causal))
 
     @classmethod
     def full(
@@ -76,15 +57,63 @@ class BlockLayout:
         mask = torch.ones(num_blocks, num_blocks, dtype=torch.bool, device=device)
         return cls.from_mask(mask, block_size)
 
+    @cached_property
+    def lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """By row (for out and dq) and by column (for dk, dv), int32 on the mask's device.
+
+        row_offsets [nb + 1], row_columns, column_offsets [nb + 1], column_rows: row r keeps
+        row_columns[row_offsets[r] : row_offsets[r + 1]], ascending; columns likewise. The other
+        two have nb * nb entries, of which the first nnz count. Those of several heads follow each
+        other, and their offsets run on.
+        """
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return *_lists(self.block_mask), *_lists(self.block_mask.mT)
+        with torch._C._DisableFuncTorch():  # they outlive torch.func's transform
+            return *_lists(self.block_mask), *_lists(self.block_mask.mT)
+
+    @cached_property
+    def active(self) -> Tensor:
+        """uint8 [nb]; bit 0: a block's queries attend to something, bit 1: its keys are attended
+        to."""
+        mask = self.block_mask if self.heads is None else self.block_mask.any(0)
+        queries, keys = mask.any(1), mask.any(0)
+        return queries.to(torch.uint8) + 2 * keys.to(torch.uint8)
+
+    @cached_property
+    def row_groups(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Rows that keep equally many blocks, so that plain torch can treat them as one batch.
+
+        Pairs of rows int64 [R] and their columns int64 [R, c]; empty rows are in no group. Of a
+        layout for all heads.
+        """
+        counts = self.block_mask.sum(1)
+        groups = []
+        for count in counts.unique().tolist():
+            if count:
+                rows = (counts == count).nonzero()[:, 0]
+                groups.append((rows, self.block_mask[rows].nonzero()[:, 1].view(-1, count)))
+        return tuple(groups)
+
+    @cached_property
+    def num_active(self) -> int:
+        """nnz, kept blocks."""
+        return int(self.block_mask.sum())
+
     @property
     def num_blocks(self) -> int:
         """nb, blocks along one side."""
-        return self.block_mask.shape[0]
+        return self.block_mask.shape[-1]
 
     @property
-    def num_active(self) -> int:
-        """nnz, kept blocks."""
-        return self.row_columns.shape[0]
+    def heads(self) -> int | None:
+        """H if each head has a mask of its own, None if all share one."""
+        return self.block_mask.shape[0] if self.block_mask.dim() == 3 else None
+
+    @cached_property
+    def of_heads(self) -> tuple[BlockLayout, ...]:
+        """One layout for each head."""
+        masks = self.block_mask.unbind(0)
+        return tuple(BlockLayout(mask, self.block_size, self.causal) for mask in masks)
 
     @property
     def length(self) -> int:
@@ -97,25 +126,35 @@ class BlockLayout:
 
     def check(self, length: int, device: torch.device) -> None:
         """ValueError unless it is for sequences of `length` tokens on `device`."""
+        mask = self.block_mask
+        if mask.shape[-1] * self.block_size == length and mask.device == device:
+            return
         if self.length != length:
             raise ValueError(
                 f"layout covers {self.num_blocks} blocks of {self.block_size} = {self.length} "
                 f"tokens, but there are {length}"
             )
-        if self.device != device:
-            raise ValueError(
-                f"layout is on {self.device}, the tensors are on {device}: use layout.to(...)"
-            )
+        raise ValueError(
+            f"layout is on {self.device}, the tensors are on {device}: use layout.to(...)"
+        )
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout with its lists on `device`; itself if they are there already."""
         if self.device == torch.device(device):
             return self
-        return BlockLayout.from_mask(self.block_mask.to(device), self.block_size)
+        return BlockLayout(self.block_mask.to(device), self.block_size, self.causal)
 
 
 def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets [nb + 1] and ascending indices [nnz] of the True entries of each row, int32."""
-    offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
-    offsets[1:] = mask.sum(1).cumsum(0)
-    return offsets, mask.nonzero()[:, 1].to(torch.int32).contiguous()
+    """Offsets of each row and ascending indices of its True entries, as `BlockLayout.lists`."""
+    nb, device = mask.shape[-1], mask.device
+    mask = mask.reshape(-1, nb, nb)
+    ends = mask.sum(2).flatten().cumsum(0).view(-1, nb)
+    offsets = torch.zeros(len(mask), nb + 1, dtype=torch.int32, device=device)
+    offsets[:, 1:], offsets[1:, 0] = ends, ends[:-1, -1]
+    # Where each entry goes: those that are kept by their order, the others behind the last.
+    size, flat = mask.numel(), mask.flatten()
+    place = torch.where(flat, flat.cumsum(0) - 1, size)
+    indices = torch.zeros(size + 1, dtype=torch.int32, device=device)
+    columns = torch.arange(nb, dtype=torch.int32, device=device).repeat(size // nb)
+    return offsets.flatten(), indices.scatter_(0, place, columns)[:-1]

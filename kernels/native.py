@@ -1,8 +1,8 @@
-"""Loads kernels/libsat_cpu.so, the C++ side of the backend `cpu` (built by `sh compile.sh`).
+"""Compiled libraries: loading them, and what is handed to them.
 
-Nothing is loaded at import. `reason_unavailable()` says in a sentence why the library cannot be
-used: it is not built, it was built from other sources, or SAT_CPU_ISA asks for an instruction set
-that cannot run here.
+Nothing is loaded at import. `reason_unavailable()` says in a sentence why kernels/libsat_cpu.so
+(the backend `cpu`, built by `sh compile.sh`) cannot be used: it is not built, it was built from
+other sources, or SAT_CPU_ISA asks for an instruction set that cannot run here.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,11 @@ from torch import Tensor
 ABI = 4  # SAT_ABI in csrc/cpu/abi.h
 LIBRARY = Path(__file__).resolve().parent / "libsat_cpu.so"
 SOURCES = LIBRARY.parent / "csrc" / "cpu"
-STATUS = {1: "not enough memory for scratch space", 2: "a shape or dtype it does not support"}
+ERRORS = {  # what functions return but 0: SatStatus in abi.h
+    1: (MemoryError, "{} failed: not enough memory for scratch space"),
+    2: (RuntimeError, "{} failed: a shape or dtype it does not support"),
+    100: (IndexError, "a token id is outside the word table"),
+}
 
 
 def reason_unavailable() -> str | None:
@@ -52,21 +56,23 @@ def select_isa(name: str) -> None:
 
 
 def check(status: int, what: str) -> None:
-    """Raises MemoryError or RuntimeError if a function of the library did not return 0."""
-    if status == 100:
-        raise IndexError("a token id is outside the word table")
+    """Raises what the status of a function of the library means, if it is not 0."""
     if status != 0:
-        kind = MemoryError if status == 1 else RuntimeError
-        raise kind(f"{what} failed: {STATUS.get(status, f'status {status}')}")
+        error, message = ERRORS.get(status, (RuntimeError, f"{{}} failed: status {status}"))
+        raise error(message.format(what))
 
 
-def call(function: str, *arguments: int | bytes | None) -> None:
-    """Calls an operation of csrc/cpu/abi.h with its struct, given in pieces.
+def Struct(fields: str) -> struct.Struct:
+    """A C struct in the notation of Python's struct module, padded as C does."""
+    return struct.Struct(f"@{fields}0q")
 
-    The first piece is packed settings; then come addresses (None is null) and 64-bit numbers.
-    """
+
+def call(function: str, packed: bytes, *numbers: int) -> None:
+    """Calls an operation of csrc/cpu/abi.h with its struct: packed settings, then addresses (0 is
+    null) and 64-bit numbers."""
     library = load()
-    packed = b"".join(x if isinstance(x, bytes) else struct.pack("q", x or 0) for x in arguments)
+    if numbers:
+        packed += struct.pack(f"{len(numbers)}q", *numbers)
     assert len(packed) == _struct_sizes(library)[function], f"abi.h has another {function}"
     check(getattr(library, function)(packed), function)
 
@@ -126,8 +132,13 @@ def _reason_isa(name: str, isas: dict[str, str | None]) -> str:
 
 
 def source_hash() -> str | None:
-    """sha256 over csrc/cpu/*.cpp, then its *.h, by name, as compile.sh has it. None without."""
-    files = sorted(SOURCES.glob("*.cpp")) + sorted(SOURCES.glob("*.h"))
+    """As compile.sh has it."""
+    return hash_of(SOURCES, "*.cpp", "*.h")
+
+
+def hash_of(folder: Path, *patterns: str) -> str | None:
+    """sha256 over the files of one pattern after the other, by name. None without any."""
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     if not files:
         return None
     digest = hashlib.sha256()
@@ -136,25 +147,45 @@ def source_hash() -> str | None:
     return digest.hexdigest()
 
 
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    if not LIBRARY.exists():
-        return None, f"{LIBRARY.name} is not built: run `sh compile.sh`"
+def open_library(
+    path: Path, abi: int, sources: str | None, where: str, declare: Callable
+) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or the reason in one sentence why there is none.
+
+    abi, sources: its ABI number and the hash of its sources as they must be; where: to build it,
+    for the sentence; declare: sets the types of its functions.
+    """
+    if not path.exists():
+        return None, f"{path.name} is not built: run `sh compile.sh`{where}"
     try:
-        _share_openmp()
-        library = ctypes.CDLL(str(LIBRARY))
+        library = declare(ctypes.CDLL(str(path)))
         library.sat_source_hash.restype = ctypes.c_char_p
-        library.sat_isa_name.restype = ctypes.c_char_p
-        library.sat_list_isa.restype = ctypes.c_char_p
         built_abi, built_from = library.sat_abi_version(), library.sat_source_hash().decode()
     except (OSError, AttributeError) as error:
-        return None, f"{LIBRARY.name} cannot be loaded ({error}): run `sh compile.sh` again"
-    if built_abi != ABI or source_hash() not in (None, built_from):
-        return None, f"{LIBRARY.name} was built from other sources than these: run `sh compile.sh`"
+        return None, f"{path.name} cannot be loaded ({error}): run `sh compile.sh` again"
+    if built_abi != abi or sources not in (None, built_from):
+        return None, f"{path.name} was built from other sources than these: run `sh compile.sh`"
+    return library, None
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        _share_openmp()
+    except OSError as error:
+        return None, str(error)
+    library, reason = open_library(LIBRARY, ABI, source_hash(), "", _declare)
+    if library is None:
+        return None, reason
     name = os.environ.get("SAT_CPU_ISA", "")
     if library.sat_select_isa(name.encode()) != 0:
         return None, _reason_isa(name, _list_isas(library))
     return library, None
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.sat_isa_name.restype = library.sat_list_isa.restype = ctypes.c_char_p
+    return library
 
 
 def _share_openmp() -> None:

@@ -6,19 +6,13 @@ Shape letters: B batch, H heads, N padded length, d head_dim, bs block_size, nb 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from kernels.attention import (
-    autocast_inputs,
-    check_inputs,
-    check_padding,
-    check_scale,
-    choose_backend,
-)
-from kernels.layout import BlockLayout
+from kernels.attention import autocast_inputs, check_inputs, check_padding, check_scale
+from kernels.backends import Call, choose
+from kernels.operators import run
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +37,7 @@ def attention_statistics(
     scale: float | None = None,
     groups: int = 1,
     full: bool = True,
+    lse: Tensor | None = None,
     backend: str = "auto",
     mean_out: Tensor | None = None,
     mean_weight: float = 1.0,
@@ -57,6 +52,8 @@ def attention_statistics(
         scale: factor on the scores; None means 1 / sqrt(d).
         groups: number of equal consecutive parts of the batch that get a mean each; divides B.
         full: False leaves mean_attention out (None), and with it the N * N memory.
+        lse: fp32 [B, H, N], what `dense_attention` of the same arguments gave with return_lse: a
+            backend may take the denominators from it instead of computing them again.
         backend: as in `block_sparse_attention`.
         mean_out: fp32 [groups, N, N], contiguous. If given, mean_attention * mean_weight is added
             to it and it is returned as mean_attention: micro-batches of one group accumulate
@@ -77,13 +74,24 @@ def attention_statistics(
         raise ValueError(f"groups must divide the batch of {B} examples, {groups!r} does not")
     if mean_out is not None:
         _check_mean_out(mean_out, [groups, N, N], query, full)
-    scale = check_scale(scale, query)
-    layout = _full_layout(N // block_size, block_size)
-    module = choose_backend("attention_statistics", backend, query, layout)
-    with torch.autocast(query.device.type, enabled=False):
-        return module.attention_statistics(
-            query, key, block_size, key_padding_mask, scale, groups, full, mean_out, mean_weight
-        )
+    if lse is not None and (
+        lse.shape != query.shape[:3] or lse.device != query.device or not lse.is_floating_point()
+    ):
+        raise ValueError(f"lse must be {list(query.shape[:3])} on {query.device}")
+    call = Call(
+        "attention_statistics", query.device, (query.dtype,), (query.shape[3],), N, block_size
+    )
+    accumulate = mean_out is not None
+    if full and mean_out is None:
+        mean_out, mean_weight = query.new_empty(groups, N, N, dtype=torch.float32), 1.0
+    weights = None if key_padding_mask is None else real_row_weights(key_padding_mask)
+    pooled_mean, pooled_square_mean, pooled_real = run(
+        "statistics", choose(call, backend), query, key, key_padding_mask, weights, lse, mean_out,
+        block_size, check_scale(scale, query), groups, accumulate, mean_weight,
+    )  # fmt: skip
+    if weights is None:
+        pooled_real = pooled_mean
+    return AttentionStatistics(mean_out, pooled_mean, pooled_square_mean, pooled_real)
 
 
 def real_row_weights(key_padding_mask: Tensor) -> Tensor:
@@ -98,13 +106,9 @@ def real_row_weights(key_padding_mask: Tensor) -> Tensor:
 
 
 def from_pieces(
-    pieces: Tensor,
-    side: int,
-    block_size: int,
-    key_padding_mask: Tensor | None,
-    mean_attention: Tensor | None,
-) -> AttentionStatistics:
-    """The statistics from sums of p over squares of `side`, fp32 [B, H, N / side, N / side].
+    pieces: Tensor, side: int, block_size: int, row_weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pooled statistics from sums of p over squares of `side`, fp32 [B, H, N/side, N/side].
 
     pooled_real is exact to `side` rows: where an example ends within a square, its padded rows
     count as the real ones beside them do.
@@ -115,17 +119,11 @@ def from_pieces(
         blocks = pieces.unflatten(3, (-1, parts)).unflatten(2, (-1, parts))
         return blocks.sum((3, 5), dtype=torch.float64) / block_size**2
 
-    of_all = pooled(pieces)
-    mean = of_real = of_all.mean((0, 1)).float()
-    if key_padding_mask is not None:
-        weights = real_row_weights(key_padding_mask).unflatten(1, (-1, side)).mean(-1)
-        of_real = pooled(pieces * weights[:, None, :, None]).mean((0, 1)).float()
-    return AttentionStatistics(
-        mean_attention=mean_attention,
-        pooled_mean=mean,
-        pooled_square_mean=of_all.square().mean(),
-        pooled_real=of_real,
-    )
+    of_all = of_real = pooled(pieces)
+    if row_weights is not None:
+        weights = row_weights.unflatten(1, (-1, side)).mean(-1)
+        of_real = pooled(pieces * weights[:, None, :, None])
+    return of_all.mean((0, 1)).float(), of_all.square().mean(), of_real.mean((0, 1)).float()
 
 
 def _check_mean_out(mean_out: Tensor, shape: list[int], query: Tensor, full: bool) -> None:
@@ -137,12 +135,3 @@ def _check_mean_out(mean_out: Tensor, shape: list[int], query: Tensor, full: boo
         )
     if mean_out.device != query.device or not mean_out.is_contiguous():
         raise ValueError(f"mean_out must be contiguous and on {query.device}")
-
-
-@torch.compiler.assume_constant_result
-def _full_layout(num_blocks: int, block_size: int) -> BlockLayout:
-    """What backends judge a block size by; on the CPU, since its lists on a GPU would wait."""
-    return _cached_full(num_blocks, block_size)
-
-
-_cached_full = lru_cache(maxsize=8)(BlockLayout.full)

@@ -1,4 +1,4 @@
-"""The rest of a layer on GPUs, in Triton: each operation of fused.py in one launch and one pass.
+"""The rest of a layer on GPUs, in Triton: each operation of layer.py in one launch and one pass.
 
 A program walks tiles of M tokens; the weights stay on the chip meanwhile. What only the next
 operation reads never leaves it: between two attentions a step writes the two residual sums, the
@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DEVICE = "cuda"  # the tests run the same kernels on CPU tensors, in Triton's interpreter
 PROGRAMS = 264  # two for each multiprocessor of an H100; fixed, as sums depend on it
 TILE = 4096  # elements of a tile where no product is taken
 MAX_WIDTH = TILE
@@ -76,7 +75,7 @@ def _mix64(z):
 
 @triton.jit
 def _example_keys(words, site, example):
-    """Two 32-bit keys for each example, as fused._example_keys; words: seed, step, first."""
+    """Two 32-bit keys for each example, as dropout._example_keys; words: seed, step, first."""
     z = _mix64(tl.load(words).to(tl.uint64, bitcast=True) + GOLDEN)
     z = _mix64(z + tl.load(words + 1).to(tl.uint64, bitcast=True) + GOLDEN)
     z = _mix64(z + site.to(tl.uint64) + GOLDEN)
@@ -102,7 +101,7 @@ def _kept(element, key0, key1, threshold):
 
 @triton.jit
 def _dropout(x, words, site, tokens, length, threshold, scale, WIDTH: tl.constexpr):
-    """x [M, WIDTH] of `tokens` [M], as fused.keep_mask has it; a threshold of 0 keeps all."""
+    """x [M, WIDTH] of `tokens` [M], as dropout.keep_mask has it; a threshold of 0 keeps all."""
     key0, key1 = _example_keys(words, site, tokens // length)
     element = (tokens % length)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     kept = _kept(element, key0[:, None], key1[:, None], threshold)
@@ -570,7 +569,7 @@ def _sum_of_programs(partial: Tensor, parameters: Sequence[Tensor]) -> list[Tens
 
 
 class EmbedNorm(torch.autograd.Function):
-    """fused.embedding_dropout_layer_norm; keeps x."""
+    """layer.embedding_dropout_layer_norm; keeps x."""
 
     @staticmethod
     def forward(ctx, ids, words, positions, weight, bias, eps, drop, site, norm_dtype):
@@ -618,7 +617,7 @@ class EmbedNorm(torch.autograd.Function):
 
 
 class Project(torch.autograd.Function):
-    """fused.attention_projections; keeps its arguments."""
+    """layer.attention_projections; keeps its arguments."""
 
     @staticmethod
     def forward(ctx, x, heads, *parameters):
@@ -648,7 +647,7 @@ class Project(torch.autograd.Function):
 
 
 class Layer(torch.autograd.Function):
-    """fused.attention_output_feed_forward; keeps y, the hidden values before GELU, and z."""
+    """layer.attention_output_feed_forward; keeps y, the hidden values before GELU, and z."""
 
     @staticmethod
     def forward(ctx, x, attended, drop, sites, eps, *parameters):
@@ -694,7 +693,7 @@ class Layer(torch.autograd.Function):
 
 
 class AddNorm(torch.autograd.Function):
-    """fused.dropout_add_layer_norm; keeps y."""
+    """layer.dropout_add_layer_norm; keeps y."""
 
     @staticmethod
     def forward(ctx, x, branch, weight, bias, eps, drop, site, norm_dtype):
@@ -733,7 +732,7 @@ class AddNorm(torch.autograd.Function):
 
 
 class GeluDropout(torch.autograd.Function):
-    """fused.gelu_dropout; keeps x."""
+    """layer.gelu_dropout; keeps x."""
 
     @staticmethod
     def forward(ctx, x, drop, site):
@@ -759,7 +758,7 @@ def _gelu(backward: bool, x, dout, key, site, threshold, scale) -> Tensor:
 
 
 class MaskedMean(torch.autograd.Function):
-    """fused.masked_mean; keeps the mask."""
+    """layer.masked_mean; keeps the mask."""
 
     @staticmethod
     def forward(ctx, x, mask):

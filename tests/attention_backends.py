@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels import available_backends, native
 
+EVERY_OP = ("sparse", "dense", "statistics")
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -36,7 +37,7 @@ class Case:
     head_dims: tuple[int, ...] = (16, 32, 48, 64, 128)
     block_sizes: tuple[int, ...] = (16, 32, 64)
     skip: Callable[[], str | None] = lambda: None  # why this path cannot run here
-    ops: tuple[str, ...] = ("sparse", "dense", "statistics")
+    ops: tuple[str, ...] = EVERY_OP
     num_examples: int = 300  # of hypothesis in the fast tests; fewer for emulated devices
     max_tokens: int = 2**62  # B * N that it computes in a reasonable time
 
@@ -45,19 +46,16 @@ class Case:
         """For tests in which it does not matter."""
         return self.dtypes[0]
 
-    def require(self, *, op="sparse", dtype=None, head_dim=32, block_size=32, tokens=0) -> None:
-        """Skip what this case does not claim; a claim that fails is a failed test."""
-        if tokens > self.max_tokens:
-            pytest.skip(f"{self.id} would take too long for {tokens} tokens")
-        claims = (
+    def claims(self, *, op=None, dtype=None, head_dim=None, block_size=None, tokens=0) -> bool:
+        """Whether it does this; a claim that fails is a failed test. None is not asked about."""
+        asked = (
             (op, self.ops),
-            (dtype or self.dtype, self.dtypes),
+            (dtype, self.dtypes),
             (head_dim, self.head_dims),
             (block_size, self.block_sizes),
         )
-        for value, claimed in claims:
-            if value not in claimed:
-                pytest.skip(f"{self.id} does not claim {value}")
+        known = all(value is None or value in claimed for value, claimed in asked)
+        return known and tokens <= self.max_tokens
 
 
 @contextmanager
@@ -79,11 +77,17 @@ def _cpu(isa: str, dtypes=(FP32, BF16)) -> Case:
         block_sizes=(16, 32, 48, 64, 128),
         skip=lambda: native.reason_unavailable() or native.list_isas()[isa],
         num_examples=300 if isa == "avx2" else 100,
+        ops=(*EVERY_OP, "causal", "per head"),
     )
 
 
 CASES = [
-    Case("reference", "reference", dtypes=(FP32, BF16, FP16, FP64)),
+    Case(
+        "reference",
+        "reference",
+        dtypes=(FP32, BF16, FP16, FP64),
+        ops=(*EVERY_OP, "causal", "per head"),
+    ),
     *(_cpu(isa) for isa in ("portable", "avx2", "avx512")),
     _cpu("avx512_bf16", (BF16,)),
     Case(
@@ -93,6 +97,7 @@ CASES = [
         dtypes=(BF16,),
         block_sizes=(16, 32, 48, 64, 128),
         skip=emulated_amx.reason_unavailable,
+        ops=(*EVERY_OP, "causal", "per head"),
         num_examples=50,
         max_tokens=2048,
     ),
@@ -139,21 +144,40 @@ def dense_probs(
     key_padding_mask: Tensor | None,
     scale: float,
     pruned: str,
+    causal: bool = False,
 ) -> Tensor:
     """p [B, H, N, N] as the specification writes it, in the inputs' dtype, differentiable."""
+    exps, total, _ = _softmax(
+        query, key, block_mask, block_size, key_padding_mask, scale, pruned, causal
+    )
+    return exps / total.masked_fill(total == 0, 1)
+
+
+def log_denominators(query: Tensor, key: Tensor, *arguments) -> Tensor:
+    """[B, H, N]: of `dense_probs`; -inf where nothing is attended."""
+    exps, total, top = _softmax(query, key, *arguments)
+    lse = total.log() + top
+    return lse.masked_fill(exps.sum(-1, keepdim=True) == 0, -torch.inf).squeeze(-1)
+
+
+def _softmax(
+    query, key, block_mask, block_size, key_padding_mask, scale, pruned, causal=False
+) -> tuple[Tensor, Tensor, Tensor]:
     N = query.shape[2]
-    kept = block_mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    kept = block_mask.repeat_interleave(block_size, -2).repeat_interleave(block_size, -1)
+    visible = torch.full((N,), N)
+    if causal:  # query i sees i + 1 keys
+        kept, visible = kept.tril(), torch.arange(1, N + 1)
     attended = kept if key_padding_mask is None else kept & key_padding_mask[:, None, None]
     scores = (query @ key.mT * scale).masked_fill(~attended, -torch.inf)
-    num_pruned = (N - kept.sum(1))[:, None].to(query.dtype)
+    num_pruned = (visible - kept.sum(-1))[..., None].to(query.dtype)
     if pruned == "masked":
         num_pruned = torch.zeros_like(num_pruned)
     top = scores.detach().amax(-1, keepdim=True)
     top = torch.where(num_pruned > 0, top.clamp_min(0), top).masked_fill(top == -torch.inf, 0)
     exps = (scores - top).exp()
     pruned_sum = torch.where(num_pruned > 0, num_pruned * (-top).exp(), 0)
-    total = exps.sum(-1, keepdim=True) + pruned_sum
-    return exps / total.masked_fill(total == 0, 1)
+    return exps, exps.sum(-1, keepdim=True) + pruned_sum, top
 
 
 def dense_restatement(query, key, value, *args) -> Tensor:

@@ -136,13 +136,13 @@ def test_instruction_set_can_be_forced():
 
 @needs_library
 def test_c_refuses_what_it_cannot_do():
-    from kernels.cpu import _SatAttention
+    from kernels.cpu import _ATTENTION
 
-    struct = _SatAttention(B=1, H=1, N=40, d=20, bs=20, threads=1)
+    packed = _ATTENTION.pack(*(0,) * 46, 1, 1, 40, 20, 20, 1, 0, 0, 0, 1, 1.0)
     with pytest.raises(RuntimeError, match="a shape or dtype it does not support"):
-        native.call("sat_attention_forward", bytes(struct))
+        native.call("sat_attention_forward", packed)
     with pytest.raises(AssertionError, match=r"abi\.h has another sat_attention_forward"):
-        native.call("sat_attention_forward", bytes(struct)[8:])
+        native.call("sat_attention_forward", packed[8:])
 
 
 # ---- sanitizers ----------------------------------------------------------------------

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from benchmarks import attention_cuda
-from kernels import BlockLayout, attention_statistics, block_sparse_attention, cuda
+from kernels import BlockLayout, attention_statistics, block_sparse_attention, cuda, triton
+from kernels.backends import Call, choose
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "kernels" / "libsat_cuda.ptxas.txt"
@@ -157,7 +158,7 @@ def test_the_build_knows_its_architectures_and_when_it_is_up_to_date(copy_of_sou
 
 def test_without_a_gpu_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda.reason_unavailable() == "torch finds no CUDA device"
+    assert cuda.can_run(Call()) == "torch finds no CUDA device"
 
 
 @pytest.mark.parametrize("state", ["missing", "broken", "foreign", "stale"])
@@ -178,7 +179,26 @@ def test_unusable_libraries_are_refused_in_a_sentence(monkeypatch, tmp_path, sta
 
 
 def test_the_structs_agree_with_c():
-    assert ctypes.sizeof(cuda._SatAttention) == emulated_cuda.library().sat_cuda_struct_bytes()
+    assert cuda._ATTENTION.size == emulated_cuda.library().sat_cuda_struct_bytes()
+
+
+def test_triton_is_next_where_the_library_is_not_built(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "_load", lambda: (None, "libsat_cuda.so is not built"))
+    monkeypatch.setattr(triton, "_reason_unavailable", lambda: None)
+    monkeypatch.setattr(triton, "_capability", lambda device: (9, 0))
+    call = Call("block_sparse_attention", torch.device("cuda"), (torch.float32,), (32,), 256, 32)
+    assert choose(call, "auto") is triton
+    with pytest.raises(RuntimeError, match=r"libsat_cuda\.so is not built$"):
+        choose(call, "cuda")
+    for change, message in (
+        ({"block_size": 40}, "block_size 40, it needs a multiple of 16"),
+        ({"sizes": (160,)}, "head_dim 160, it goes up to 128"),
+        ({"causal": True}, "a causal layout"),
+    ):
+        assert choose(call._replace(**change), "auto").name == "reference"
+        with pytest.raises(RuntimeError, match=message):
+            choose(call._replace(**change), "triton")
 
 
 # ---- emulated: what the semantics tests do not reach -----------------------------------

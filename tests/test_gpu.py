@@ -27,7 +27,8 @@ from test_fused import (
     uncast,
 )
 
-from kernels.fused import DropoutKey, gelu_dropout, keep_mask
+from kernels.dropout import DropoutKey, keep_mask
+from kernels.layer import gelu_dropout
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -12,7 +12,8 @@ import tiny
 
 from config import Config
 from kernels import DropoutKey
-from kernels.fused import embedding_dropout_layer_norm, keep_mask
+from kernels.dropout import keep_mask
+from kernels.layer import embedding_dropout_layer_norm
 from models import build_model
 from training import graphs
 from training.commands.dry_run import made_up_data
@@ -132,7 +133,7 @@ def test_masks_of_plain_torch_are_not_captured():
 def test_the_emulation_would_notice_a_frozen_step(monkeypatch):
     """The key's numbers as arguments, as the CPU's kernels take them."""
     frozen = torch.zeros(3, dtype=torch.int64)
-    monkeypatch.setattr("kernels.fused.key_words", lambda key, device: frozen.clone() + key.step)
+    monkeypatch.setattr("kernels.triton.key_words", lambda key, device: frozen.clone() + key.step)
     test = test_replays_draw_the_cpu_s_masks
     with pytest.raises(AssertionError):
         test()

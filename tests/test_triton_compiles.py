@@ -41,8 +41,8 @@ def record():
         triton_attention,
         triton_layer,
     )
-    from kernels.fused import (
-        DropoutKey,
+    from kernels.dropout import DropoutKey
+    from kernels.layer import (
         attention_output_feed_forward,
         attention_projections,
         dropout_add_layer_norm,
@@ -65,7 +65,7 @@ def record():
             return "*" + short.get(name, name.replace("uint", "u").replace("int", "i"))
         return "fp32" if isinstance(x, float) else "i32"
 
-    triton.DEVICE = triton_layer.DEVICE = "cpu"
+    triton.DEVICE = "cpu"
     triton_layer.launch = triton_attention.launch = launch
     options = {"p": 0.1, "key": DropoutKey(1, 2, 3), "backend": "triton"}
     B, N, E, F = 4, 256, 64, 128

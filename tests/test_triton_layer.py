@@ -22,19 +22,19 @@ from test_fused import (
     uncast,
 )
 
-from kernels.fused import (
+from kernels.dropout import keep_mask
+from kernels.layer import (
     attention_output_feed_forward,
     attention_projections,
     dropout_add_layer_norm,
     embedding_dropout_layer_norm,
     gelu_dropout,
-    keep_mask,
     masked_mean,
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from kernels import triton_layer
+from kernels import triton, triton_layer
 
 if not triton_layer.INTERPRETED:
     pytest.skip("Triton compiles here: it was imported before the tests", allow_module_level=True)
@@ -49,7 +49,7 @@ FUSED = {
 
 @pytest.fixture(autouse=True)
 def on_cpu_tensors(monkeypatch):
-    monkeypatch.setattr(triton_layer, "DEVICE", "cpu")
+    monkeypatch.setattr(triton, "DEVICE", "cpu")
     monkeypatch.setattr(triton_layer, "PROGRAMS", 3)  # so that a program walks several tiles
     # fp32 does not fit into a GPU, but shows in the interpreter that the algorithm is exact
     monkeypatch.setattr(triton_layer, "PRODUCTS", (torch.bfloat16, torch.float16, torch.float32))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 import kernels
-from kernels import BlockLayout
 from models import ModelConfig, SequenceClassifier, build_model
 from training import memory, shell
 from training.data.dataset import open_dataset, script_of
@@ -179,13 +178,13 @@ def resolve_backend(
     if kernels.available_backends().get(asked) is not True:
         return name, []  # that it is missing is said with the device
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    query = torch.empty(1, dtype=dtype, device=device)
-    query = query.expand(1, model.num_head, model.padded_length, model.head_dim)
-    diagonal = torch.eye(model.num_blocks, dtype=torch.bool, device=device)
-    layout = BlockLayout.from_mask(diagonal, model.block_size)
-    ops = {"dense_attention": None, "attention_statistics": layout}
-    ops["block_sparse_attention"] = layout
-    against = {op: kernels.reason_against(asked, op, query, given) for op, given in ops.items()}
+    shape = (model.head_dim,), model.padded_length
+    ops = {"dense_attention": None, "attention_statistics": model.block_size}
+    ops["block_sparse_attention"] = model.block_size
+    against = {
+        op: kernels.can_run(asked, kernels.Call(op, device, (dtype,), *shape, block_size))
+        for op, block_size in ops.items()
+    }
     reasons = "; ".join(dict.fromkeys(reason for reason in against.values() if reason))
     if not reasons:
         return name, []

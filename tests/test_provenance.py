@@ -1,5 +1,6 @@
 """run.json tells what ran on what; gradients, the loss scale and skipped steps are logged."""
 
+import hashlib
 import json
 import subprocess
 
@@ -75,6 +76,10 @@ def test_every_start_and_resume_is_recorded(fresh):
     assert "--resume" not in one and "--stop_after 12" in one and two.endswith("--resume")
     assert found["command"] == one and found["result"]["steps"] == 30
     assert found["sessions"][1]["wall_seconds"] > found["result"]["seconds"] / 10
+    for split, digest in found["resolved"]["data_sha256"].items():
+        content = (fresh / "data" / f"{tiny.TASK}.{split}.pickle").read_bytes()
+        assert digest == hashlib.sha256(content).hexdigest()
+    assert set(found["resolved"]["data_sha256"]) == {"train", "dev", "test"}
     session = found["sessions"][1]
     assert session["processor"] and session["threads"] == torch.get_num_threads()
     assert session["versions"]["cuda"] == torch.version.cuda

@@ -11,12 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import report  # noqa: E402
 
+import main_learnable_skewness  # noqa: E402
+from sparsity import CRITERIA, PATTERNS  # noqa: E402
+from sparsity.criteria import Condition, Criterion  # noqa: E402
+from sparsity.patterns import Pattern  # noqa: E402
 from training.recording import figures, page, words  # noqa: E402
 from training.recording.checkpoint import load_checkpoint  # noqa: E402
 
@@ -159,6 +164,40 @@ def test_a_criterion_is_shown_by_its_names_alone(tmp_path):
     assert said.count("wonder ratio") == 2, "an axis and a row of the table"
     assert "wonder ratio 0.75 0.8 –" in said and "threshold" in said
     assert said.count("curiosity") == 1 and "not drawn" not in said
+
+
+def corner(observation, count, seed):
+    """A pattern of somebody else: the first blocks of the matrix."""
+    mask = torch.zeros_like(observation.pattern_scores, dtype=torch.bool)
+    mask.flatten(1)[:, :count] = True
+    return mask
+
+
+class Lively(Criterion):
+    """A criterion of somebody else."""
+
+    description = "the attention of every layer is lively"
+    conditions = (Condition("liveliness", ">=", 0.125, "liveliness"),)
+
+    def measure(self, observation):
+        return {"liveliness": observation.pooled.amax((1, 2)).mul(observation.step).tolist()}
+
+
+def test_a_pattern_and_a_criterion_of_ten_lines_appear_everywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PATTERNS, "corner", Pattern(corner, "the first blocks"))
+    monkeypatch.setitem(CRITERIA, "lively", Lively)
+    with pytest.raises(SystemExit):
+        main_learnable_skewness.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "corner: the first blocks" in said and f"lively: {Lively.description}" in said
+    tiny.write_data(tmp_path / "data")
+    given = ["--pattern", "corner", "--transition_when", "lively", "--train_steps", "12"]
+    assert tiny.train(tmp_path, *given) == 0
+    log = (tiny.logs(tmp_path) / "train.sat.log").read_text()
+    assert f"rule: {Lively.description}" in log and "blocks: corner (the first blocks)" in log
+    assert "(all conditions hold)" in log
+    said = text(tiny.logs(tmp_path) / "train.sat.html")
+    assert said.count("liveliness") == 2 and "liveliness 0.125" in said and "corner" in said
 
 
 # ---- it may fail, training may not -------------------------------------------------

@@ -333,7 +333,6 @@ def _setup(records, facts, thresholds) -> list[str]:
         ("training", config.get("training")),
         ("resolved at the start", facts.get("resolved")),
         ("versions", facts.get("versions")),
-        ("data", facts.get("data")),
         *((f"started at step {s['step']:,}", s) for s in facts.get("sessions", [])),
     ):
         if section:

@@ -229,7 +229,7 @@ def test_a_backend_of_matplotlib_that_is_not_there_ends_nothing(tmp_path):
     tiny.write_data(tmp_path / "data")
     program = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import tiny; "
     program += f"from pathlib import Path; sys.exit(tiny.train(Path({str(tmp_path)!r}), *{FAST}))"
-    environment = {"MPLBACKEND": "module://not.there", "PATH": "/usr/bin:/bin"}
+    environment = {"MPLBACKEND": "not_there", "PATH": "/usr/bin:/bin"}
     ended = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )

@@ -141,7 +141,7 @@ def test_unused_fields_are_those_of_the_dict():
         (["sparsity.densities=0.3,0.1", "sparsity.phase_steps=5"], "must be model.density .0.05"),
         (["sparsity.densities=0.3,0.05"], "--phase_steps N go together"),
         (["sparsity.phase_steps=3"], "--phase_steps N go together"),
-        (["run.seed=-1"], "--random must be at least 0"),
+        (["run.seed=-1"], r"--random must lie in \[0, 2\^63\), not -1"),
         (["run.precision=fp8"], "--precision must be one of auto, fp32"),
         (["run.patience=0"], "--patience must be at least 1"),
         (["sparsity.pattern=3"], "sparsity.pattern must be of type str"),

@@ -124,12 +124,11 @@ def processes_text(run: Run) -> str:
 def backend_text(run: Run) -> str:
     if run.model.backend != "auto":
         return run.model.backend
-    others = [
-        f"{name}: {reason}"
-        for name, reason in kernels.available_backends().items()
-        if reason is not True and (name != "cuda" or run.device.type == "cuda")
-    ]
-    return "auto" + (f" ({'; '.join(others)})" if others else "")
+    found = kernels.available_backends()
+    order = ["cuda", "triton"] if run.device.type == "cuda" else ["cpu"]
+    taken = next((name for name in order if found[name] is True), "reference")
+    missing = [f"{name}: {found[name]}" for name in order if found[name] is not True]
+    return f"auto ({'; '.join([taken, *missing])})"
 
 
 # ---- steps -------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """Fixtures shared by the tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 
 def pytest_configure(config):
-    """Triton's kernels are interpreted on the CPU, but for the tests on a GPU. It looks when it is
-    first imported."""
+    """Triton's kernels are interpreted on the CPU, but for the tests on a GPU: it looks when it is
+    first imported. A run in the background ignores Ctrl-C, and so would what its tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -257,7 +257,7 @@ def test_a_record_of_an_older_version_has_a_report_too(tmp_path):
     """docs/ keeps runs that were made before there were pages."""
     import gzip
 
-    old = gzip.decompress((ROOT / "docs/lra-image-seed-1.metrics.jsonl.gz").read_bytes())
+    old = gzip.decompress((ROOT / "docs/results/lra-image-seed-1.metrics.jsonl.gz").read_bytes())
     (tmp_path / "sat.metrics.jsonl").write_bytes(old)
     (tmp_path / "sat.run.json").write_text(json.dumps({"command": "c", "result": None}))
     assert report.main([str(tmp_path)]) == 0

@@ -180,7 +180,8 @@ def _replace(path: Path, write: Callable[[_Sink], Any], previous: Path | None = 
 
 def _keep_as(path: Path, previous: Path) -> None:
     """Give the file at `path` the name `previous` too: both names are whole at every moment."""
-    link = path.with_name(f".{previous.name}.{secrets.token_hex(4)}.saving")
+    # under the name of `path`, so that the next save removes what a kill leaves here
+    link = path.with_name(f".{path.name}.{secrets.token_hex(4)}.saving")
     try:
         os.link(path, link)
     except OSError:

@@ -52,37 +52,43 @@ def sentence(run: dict) -> str:
 
 
 def draw(runs: list[dict], path: Path) -> None:
-    """Pooled attention of the layer that has concentrated most, each run's blocks, accuracy."""
+    """Attention of the layer that has concentrated most, the blocks of each run, accuracy."""
     switch = runs[0]["switch"]
     layer = int(np.nanargmax(np.array(switch["best_mass"], dtype=float)))
     count = switch["num_blocks"]
-    figure, axes = plt.subplots(
-        1, 2 + len(runs), figsize=(3.1 * (2 + len(runs)), 3.5), layout="constrained"
+    squares = [f"square {i}" for i in range(1 + len(runs))]
+    figure, axes = plt.subplot_mosaic(
+        [squares, ["accuracy"] * len(squares)],
+        figsize=(7, 2.0 + 7 / len(squares)),
+        height_ratios=[7 / len(squares), 1.7],
+        layout="constrained",
     )
     attention = np.array(switch["pooled"][layer]).reshape(count, count)
-    axes[0].imshow(attention, cmap="viridis")
-    axes[0].set_title(f"attention at the switch\n(layer {layer})", fontsize=11)
-    axes[0].set_ylabel("query block")
-    for axis, run in zip(axes[1:], runs, strict=False):
-        axis.imshow(mask_of(run["switch"], layer), cmap="gray_r")
+    first = axes["square 0"]
+    first.imshow(attention, cmap="viridis")
+    first.set_title("attention at the switch", fontsize=10)
+    first.set_ylabel("query block")
+    for run, square in zip(runs, squares[1:], strict=True):
+        axes[square].imshow(mask_of(run["switch"], layer), cmap="gray_r")
         kept = run["switch"]["kept_mass"][layer]
-        axis.set_title(f"{run['name']} keeps {kept:.0%}\nof it", fontsize=11)
-    for axis in axes[:-1]:
-        axis.set_xlabel("key block")
-        axis.set_xticks([0, count - 1])
-        axis.set_yticks([0, count - 1])
+        axes[square].set_title(f"{run['name']} keeps {kept:.0%} of it", fontsize=10)
+    for square in squares:
+        axes[square].set_xlabel("key block")
+        axes[square].set_xticks([0, count - 1])
+        axes[square].set_yticks([0, count - 1])
+    curves = axes["accuracy"]
     for run in runs:
         steps, accuracy = zip(*run["evals"], strict=True)
-        axes[-1].plot(steps, accuracy, marker=".", label=run["name"])
-    axes[-1].axvline(switch["step"], color="gray", linestyle=":")
-    axes[-1].text(
-        switch["step"], 0.02, " sparse", color="gray", transform=axes[-1].get_xaxis_transform()
-    )
-    axes[-1].set_title("accuracy", fontsize=11)
-    axes[-1].set_xlabel("step")
-    axes[-1].set_ylim(0, 1.03)
-    axes[-1].legend(loc="center right", frameon=False)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+        curves.plot(steps, accuracy, marker=".", label=run["name"])
+    curves.axvline(switch["step"], color="gray", linestyle=":")
+    middle = curves.get_xaxis_transform()
+    curves.text(switch["step"], 0.06, "dense ", color="gray", ha="right", transform=middle)
+    curves.text(switch["step"], 0.06, " sparse", color="gray", transform=middle)
+    curves.set_xlabel("step")
+    curves.set_ylabel("accuracy")
+    curves.set_ylim(0, 1.03)
+    curves.legend(loc="center right", frameon=False)
+    figure.savefig(path, dpi=200)  # text is legible at half of this size, 700 pixels
     plt.close(figure)
 
 

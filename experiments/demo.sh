@@ -8,6 +8,9 @@ PYTHON=${PYTHON:-python}
 data=data/demo
 out=runs/demo
 logs=$out/logs/log-0/planted
+# threads that spin while they wait make a machine with other work on it many times slower
+OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+export OMP_WAIT_POLICY
 run="--task planted --data_dir $data --output_dir $out --train_steps 500"
 
 rm -rf "$out"

@@ -27,7 +27,7 @@ echo "== the same run, switched after the same $step steps with the learned patt
 echo "== inference"
 "$PYTHON" main_inference.py --mode eval --task planted --data_dir "$data" --output_dir "$out" --name mass
 "$PYTHON" experiments/compare.py "$logs/mass.metrics.jsonl" "$logs/learned.metrics.jsonl" --picture "$out/demo.png"
-echo "== what you have seen: both runs kept the same number of blocks from the same moment; one chose them by attention"
-echo "report of the run: $logs/train.mass.html (open it in a browser); the other: $logs/train.learned.html"
-echo "what a pattern is and which to use: docs/method.md"
-echo "a real task next: python preprocess/create_cifar10.py && python main_learnable_skewness.py --mode train --task lra-image --dry_run"
+echo "== what you have seen: two runs, equal up to step $step, then each with 5 % of the blocks: mass keeps those that hold most attention"
+echo "the reports, for a browser: $logs/train.mass.html and train.learned.html; both in one picture: $out/demo.png"
+echo "which pattern to use and when a run switches: docs/method.md"
+echo "next, a real task (fetches 170 MB): $PYTHON preprocess/create_cifar10.py && $PYTHON main_learnable_skewness.py --task lra-image --dry_run"

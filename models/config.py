@@ -86,8 +86,7 @@ class ModelConfig:
         if active < 1:
             raise ValueError(
                 f"model.density {self.density} keeps no block: there are {num_blocks}^2 = "
-                f"{num_blocks**2} "
-                f"blocks, so it must be at least {1 / num_blocks**2:.6f}"
+                f"{num_blocks**2} blocks, so it must be at least {1 / num_blocks**2:.6f}"
             )
         object.__setattr__(self, "padded_length", length)
         object.__setattr__(self, "num_blocks", num_blocks)

@@ -47,10 +47,9 @@ def dry_run(run: Run, notices: Sequence[str] = ()) -> int:
     run would take."""
     training = run.config.training
     print(
-        f"dry run of {run.config.task}: batch {training.batch_size}, micro-batch "
-        f"{run.options.micro_batch_size}, "
-        f"{provenance.device_name(run.device)}, precision {run.config.run.precision}; nothing is "
-        "written"
+        f"dry run of {run.config.task}: batch {training.batch_size}, "
+        f"micro-batch {run.options.micro_batch_size}, {provenance.device_name(run.device)}, "
+        f"precision {run.config.run.precision}; nothing is written"
     )
     for notice in notices:
         print(notice)

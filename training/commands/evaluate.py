@@ -85,9 +85,8 @@ def evaluate_run(
             notices.append(f"there will be no {paths.log}: {error.strerror or error}")
     try:
         log.line(
-            f"model {paths.model}, task {task}, {provenance.device_name(device)}, precision "
-            f"{precision}, backend "
-            f"{backend}, {test_data.size:,} test examples"
+            f"model {paths.model}, task {task}, {provenance.device_name(device)}, "
+            f"precision {precision}, backend {backend}, {test_data.size:,} test examples"
         )
         for notice in notices:
             log.line(notice)
@@ -181,8 +180,8 @@ def _with_attention(
         if agreement < FITTING_MASKS:
             notices.append(
                 f"warning: the masks of {masks_from} fit the checkpoint badly (its own patterns "
-                f"would choose only "
-                f"{agreement:.0%} of a layer's blocks); they may belong to another run"
+                f"would choose only {agreement:.0%} of a layer's blocks); they may belong to "
+                "another run"
             )
     return state, notices
 

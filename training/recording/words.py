@@ -37,31 +37,27 @@ def run_started(
     config, log, options = run.config, run.log, run.options
     model, training = config.model, config.training
     log.line(
-        f"task {config.task}, seed {config.run.seed}: {model.num_layers} layers, {model.num_head} "
-        f"heads, length "
-        f"{model.padded_length}, {model.num_blocks}x{model.num_blocks} blocks of "
-        f"{model.block_size}, "
+        f"task {config.task}, seed {config.run.seed}: {model.num_layers} layers, "
+        f"{model.num_head} heads, length {model.padded_length}, "
+        f"{model.num_blocks}x{model.num_blocks} blocks of {model.block_size}, "
         f"{sum(p.numel() for p in run.model.parameters()):,} parameters"
     )
     log.line(
-        f"data: {run.train_data.size:,} train, {run.dev_data.size:,} dev; batch "
-        f"{training.batch_size}, "
-        f"{training.num_train_steps:,} steps, learning rate {training.learning_rate:g} after "
-        f"{training.warmup} warm-up steps"
+        f"data: {run.train_data.size:,} train, {run.dev_data.size:,} dev; "
+        f"batch {training.batch_size}, {training.num_train_steps:,} steps, "
+        f"learning rate {training.learning_rate:g} after {training.warmup} warm-up steps"
     )
     log.line(f"rule: {run.criterion.describe()}")
-    if len(run.phases) > 2 or run.phases[1].reselect_every is not None:
-        log.line(f"phases: {'; then '.join(phase.describe() for phase in run.phases)}")
     limit = config.sparsity.max_dense_steps
     if limit is not None and not run.criterion.is_budget:
         log.line(f"      at the latest after {limit} dense steps (--max_dense_steps)")
+    if len(run.phases) > 2 or run.phases[1].reselect_every is not None:
+        log.line(f"phases: {'; then '.join(phase.describe() for phase in run.phases)}")
     pattern = PATTERNS[config.sparsity.pattern]
-    count = (
-        f", {model.num_active_blocks} of {model.num_blocks**2} a layer (density {model.density:g})"
-    )
+    count = f", {model.num_active_blocks} of {model.num_blocks**2} a layer"
+    blocks = f"{config.sparsity.pattern} ({pattern.description})"
     log.line(
-        f"blocks: {config.sparsity.pattern} ({pattern.description})"
-        f"{'' if pattern.own_count else count}"
+        f"blocks: {blocks}{'' if pattern.own_count else f'{count} (density {model.density:g})'}"
     )
     micro = options.micro_batch_size
     log.line(
@@ -71,9 +67,8 @@ def run_started(
     groups = training.statistics_groups if run.criterion.needs_mean_attention else 0
     dense, sparse = memory.estimate_bytes(model, groups, micro)
     log.line(
-        f"memory above libraries, estimated: {memory.human(dense)} dense, {memory.human(sparse)} "
-        f"sparse; "
-        f"time: said after the first steps"
+        f"memory above libraries, estimated: {memory.human(dense)} dense, "
+        f"{memory.human(sparse)} sparse; time: after the first steps"
     )
     if unused:
         log.line(f"kept for compatibility, not used: {', '.join(unused)}")
@@ -188,21 +183,21 @@ def step_done(run: Run, result: StepResult, verdict: Verdict | None) -> None:
         whole = duration(per_step * run.config.training.num_train_steps)
         run.log.line(
             f"step {run.step}: {per_step * 1e3:.0f} ms a dense step; the whole schedule would "
-            f"take {whole} at this "
-            f"pace, sparse steps are faster; peak memory {memory.human(peak)}"
+            f"take {whole} at this pace, sparse steps are faster; "
+            f"peak memory {memory.human(peak)}"
         )
     if verdict is not None and not verdict.ready and run.step % OUTLOOK_EVERY == 0:
         run.log.line(f"step {run.step}, still dense: {verdict.reason}")
         run.log.line(f"  {run.criterion.outlook()}")
 
 
-OUTLOOK_EVERY = 200  # dense steps between two words on what holds the transition back
+OUTLOOK_EVERY = 200  # dense steps between two lines on what holds the transition back
 
 
 def micro_batch_halved(run: Run) -> None:
     run.log.line(
-        f"memory exhausted at step {run.step + 1}: micro-batch halved to "
-        f"{run.options.micro_batch_size}, "
+        f"memory exhausted at step {run.step + 1}: "
+        f"micro-batch halved to {run.options.micro_batch_size}, "
         f"the effective batch stays {run.config.training.batch_size}"
     )
     halved = {"step": run.step + 1, "micro_batch_size": run.options.micro_batch_size}

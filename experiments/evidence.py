@@ -3,7 +3,7 @@
 python experiments/evidence.py planted image listops when paper --output_dir runs/evidence
 
 Each study trains one dense prefix a seed, keeps its checkpoint at the steps where arms begin, and
-forks every arm from there. The same command again goes on where it was stopped. What is kept of a
+forks every arm from there. The same command again continues where it stopped. What is kept of a
 run goes to --keep (docs/results): its metrics, training steps thinned to every tenth, compressed.
 """
 

@@ -6,8 +6,8 @@ python experiments/sweep.py --tasks lra-image --seeds 0 1 2 --output_dir runs/pa
 A name of --grid is a flag of main_learnable_skewness.py that stands for a setting (pattern,
 transition_when, sk, ds, lift, ...) or section.field as for its --set. What stands after -- goes to
 every run as it is. The same command again skips what is done, resumes what was interrupted and
-tries again what failed. Every run is a process of its own; what this script knows of it is its
-exit code, its run.json and its metrics.jsonl.
+retries what failed. Every run is a separate process, known here by its exit code, its run.json
+and its metrics.jsonl.
 
 Settings are compared by test accuracy, or by the best on dev if no run has been tested: mean,
 standard deviation and 95 % interval (Student's t), and the difference from the first setting,
@@ -217,7 +217,7 @@ def run_all(
                     env=environment,
                     # each has a log of its own
                     stdout=subprocess.DEVNULL if jobs > 1 else None,
-                    # in a session of its own: a Ctrl-C at the terminal reaches it once, through us
+                    # in its own session: a Ctrl-C at the terminal reaches it once, through us
                     start_new_session=True,
                 )
                 running[process] = trial

@@ -1,7 +1,7 @@
 """The method: what is observed, when to switch, which blocks to keep, the order of phases.
 
-Knows tensors, no model and no run. Importing it loads no torch, so that --help can ask the
-registries.
+Works on tensors and knows nothing of models or runs. Importing it does not load torch, so that
+--help can ask the registries.
 """
 
 from sparsity.criteria import CRITERIA, Criterion, Verdict

@@ -157,7 +157,7 @@ class Criterion:
         self._history.extend(state["history"])
 
     def release(self) -> None:
-        """Drops what is large once it is not needed any more."""
+        """Frees what is large once it is no longer needed."""
 
 
 class Settled(Criterion):
@@ -269,7 +269,8 @@ class Concentrated(Criterion):
 
     In some layer, the best blocks hold `lift` times as much attention, against chance, as they did
     on average in steps 1 to 20, and those of 20 steps ago hold all but 5 % of what the best hold
-    now, both today and 20 steps ago. The pattern has no say in it, so that patterns compare.
+    now, both at this step and 20 steps ago. It does not depend on the pattern, so that patterns
+    can be compared.
 
     Args:
         lift: threshold of best_mass / chance_mass, in multiples of its mean over steps 1 to 20.
@@ -344,7 +345,7 @@ class Agreeing(Criterion):
 
 
 class After(Criterion):
-    """A fixed budget of dense steps: what the field does."""
+    """A fixed budget of dense steps, as most of the field has it."""
 
     description = "after --max_dense_steps dense steps"
     options = ("max_dense_steps",)

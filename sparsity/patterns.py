@@ -1,8 +1,8 @@
 """Which blocks stay when training turns sparse.
 
 A pattern is one entry of PATTERNS, from which options, log, figures and tests take it. All but
-those with a count of their own keep floor(density * nb^2) blocks a layer, so that they compare.
-Torch is imported where it is needed: --help reads this file.
+those with a count of their own keep floor(density * nb^2) blocks a layer, so that patterns can be
+compared. Torch is imported where it is needed: --help reads this file.
 
 L layers, nb blocks a row. Formulas and sources: docs/method.md, "Patterns".
 """

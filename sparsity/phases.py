@@ -1,7 +1,7 @@
 """The order of phases: dense until a criterion fires, then sparse; the reference's run has two.
 
-A phase that follows another chooses its blocks as it begins, with an optimizer of its own, and
-its best model and patience start anew.
+A phase that follows another chooses its blocks when it begins; its optimizer, best model and
+patience start anew.
 """
 
 from __future__ import annotations

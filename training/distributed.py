@@ -46,10 +46,10 @@ def _exchange() -> Iterator[None]:
 
 
 class Watch:
-    """Ends this process, by a sentence and exit code 1, when its neighbour falls silent.
+    """Ends this process, with one sentence and exit code 1, when its neighbour falls silent.
 
     A killed process breaks its connections and every exchange with it; a stopped one does not.
-    Each process therefore counts aloud in the job's store and watches the next one of the ring:
+    Each process therefore keeps counting in the job's store and watches the next one of the ring:
     unless all are silent, a silent one has a neighbour that notices. The main thread waits in an
     exchange then, which nothing but the end of the process interrupts; the last checkpoint is
     whole at any moment.
@@ -106,7 +106,7 @@ class Watch:
 
 
 class World:
-    """The processes of one job. rank 0 decides, writes and speaks."""
+    """The processes of one job. Rank 0 decides, writes and logs."""
 
     def __init__(self, rank: int = 0, size: int = 1, watch: Watch | None = None) -> None:
         self.rank = rank
@@ -126,7 +126,7 @@ class World:
         """Replaces each tensor by its sum over all processes, in one exchange a dtype."""
         if self.size == 1 or not tensors:
             return
-        # in one order on all processes, which that of a set is not
+        # a dict has the same order on all processes, a set does not
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
             if len(same) == 1 and same[0].is_contiguous():
@@ -190,7 +190,7 @@ class World:
                 )
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits for all processes."""
         if self.size > 1:
             with _exchange():
                 dist.barrier()

@@ -56,11 +56,11 @@ def evaluate(
         precision: "fp32", "bf16" or "fp16".
         attn_loss_scale: of the attention loss in the dense phase; None leaves it out.
         stop: a signal, to any process, ends the evaluation at the next batch.
-        notify: hears of a batch that memory did not hold and that was halved.
+        notify: told when a batch did not fit in memory and was halved.
 
     Returns: None if it was stopped.
     Raises:
-        TrainingFailed: memory does not hold one example.
+        TrainingFailed: one example does not fit in memory.
     """
     dense = model.block_masks is None and attn_loss_scale is not None
     begin, end = world.part(len(indices))
@@ -82,7 +82,7 @@ def evaluate(
         totals[: len(sums)] += torch.stack(sums)  # all of a batch or nothing
 
     training = model.training
-    model.eval()  # ours needs no such word, a layer that somebody added may
+    model.eval()  # ours does not need it, a layer that somebody adds may
     while begin < end:
         if stop is not None and stop.received:
             totals[3] += 1

@@ -25,8 +25,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def to_device(batch, device: torch.device):
-    """A batch of the dataset as int64 on the model's device, which nobody waits for: it travels as
-    it is stored, from pinned memory."""
+    """A batch of the dataset as int64 on the model's device. It is copied in its stored type, from
+    pinned memory, and nothing waits for the copy."""
     if is_gpu(device):
         batch = [None if part is None else part.pin_memory() for part in batch]
     return tuple(None if part is None else _int64_on(part, device) for part in batch)

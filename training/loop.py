@@ -69,7 +69,7 @@ def train(run: Run) -> str:
             words.resume_hint(run, f"stopped by {name}, while evaluating,")
             return "interrupted"
         (ready, reason), run.unfinished = run.unfinished, None
-        # after the last step nothing would be trained with the blocks
+        # after the last step nothing would train with the new blocks
         switched = (ready or _is_over(run)) and not last
         if switched:
             limit = "--max_dense_steps" if run.phase == "dense" else "--phase_steps"
@@ -100,8 +100,8 @@ def train(run: Run) -> str:
 
 
 def decide(run: Run, result: StepResult) -> Verdict:
-    """Observes the attention of the step just done; the criterion's word on it. Rank 0 speaks for
-    all."""
+    """Observes the attention of the step just done and asks the criterion. Rank 0's verdict
+    counts for all."""
     run.observation = _observation(run, result)
     run.observer.observe(run.observation)
     verdict = run.criterion.update(run.observation)
@@ -143,7 +143,7 @@ def enter_next_phase(run: Run, reason: str) -> None:
     run.phase_began = run.step
     masks = _keep(run, observation)
     run.optimizer = run.new_optimizer()
-    # a denser model is no competitor of the sparse one that this run is about
+    # a denser model does not compete with the sparse one that this run is about
     run.best_accuracy = run.best_step = None
     run.evaluations_since_best = 0
     words.transition_done(run, reason, observation, masks)
@@ -225,8 +225,7 @@ def best_state(run: Run) -> TrainState:
 
 
 def save_last(run: Run) -> None:
-    """Writes what `resume` needs. Every process's state is the same but for nothing: rank 0 writes
-    for all."""
+    """Writes what `resume` needs. All processes have the same state, so rank 0 writes it."""
     state = best_state(run)
     # an update may have broken what the step before it found whole
     if not all(bool(value.isfinite().all()) for value in state.model_state_dict.values()):
@@ -294,14 +293,14 @@ def restore(run: Run, state: TrainState, fork: bool = False) -> None:
         assert state.config is not None
         origin = TaskConfig.from_dict(state.config)
         same = origin.sparsity.transition_when == run.config.sparsity.transition_when
-        if same:  # else the new one begins to look here
+        if same:  # a new criterion starts from here
             run.criterion.load_state_dict(training["criterion"], run.device)
         run.observer.load_state_dict(
             training["observer"],
             same_count=origin.model.density == run.config.model.density,
             same_pattern=origin.sparsity.pattern == run.config.sparsity.pattern,
         )
-    if not fork:  # whose best model is its own
+    if not fork:  # a fork keeps its own best model
         run.best_accuracy = state.best_accuracy
         run.best_step = training["best_step"]
         run.evaluations_since_best = training["evaluations_since_best"]
@@ -316,12 +315,12 @@ def restore(run: Run, state: TrainState, fork: bool = False) -> None:
 
 
 def _is_due(run: Run, every: int | None) -> bool:
-    """Whether `every` steps of this phase have passed, once more."""
+    """Whether another `every` steps of this phase are done."""
     return every is not None and (run.step - run.phase_began) % every == 0
 
 
 def _is_over(run: Run) -> bool:
-    """Whether the phase has had its steps, and another one follows."""
+    """Whether all steps of the phase are done and another phase follows."""
     limit = run.phases[run.phase_index].max_steps
     return limit is not None and run.step - run.phase_began >= limit
 

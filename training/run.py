@@ -64,7 +64,7 @@ class Run:
     best_accuracy: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
-    # of a step whose evaluation a signal stopped: whether the criterion was ready, and its word
+    # of a step whose evaluation a signal stopped: whether the criterion was ready, and why
     unfinished: tuple[bool, str] | None = None
     skipped_in_a_row: int = 0  # steps up to now whose gradient overflowed fp16
     seconds: float = 0.0  # spent training, over all its sessions

@@ -250,7 +250,7 @@ def _section(name: str, values: Mapping[str, Any]) -> Any:
     """A section's checked object."""
     try:
         return SECTIONS[name](**checked_fields(SECTIONS[name], name, values))
-    except ValueError as error:  # of the model, which knows no users
+    except ValueError as error:  # the model's checks raise it; here a user can mend it
         raise UserError(str(error)) from None
 
 

@@ -176,7 +176,7 @@ def resolve_backend(
             raise UserError(f"--backend {name} does not run on --device {device.type}")
     asked = device.type if name == "auto" else name
     if kernels.available_backends().get(asked) is not True:
-        return name, []  # that it is missing is said with the device
+        return name, []  # the line about the device says why it is missing
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     shape = (model.head_dim,), model.padded_length
     ops = {"dense_attention": None, "attention_statistics": model.block_size}

@@ -137,7 +137,7 @@ def load_checkpoint(path: str | Path, masks_path: str | Path | None = None) -> T
 def load_last_checkpoint(path: str | Path, notify: Callable[[str], None] = print) -> TrainState:
     """Read `path` for a resume; if it is damaged or absent, go back to the checkpoint before it.
 
-    Going back is said through `notify`. Nothing is written: several processes may do this at once.
+    `notify` is told about going back. Nothing is written: several processes may do this at once.
 
     Raises: CheckpointError about `path` if there is no good one before it.
     """
@@ -155,7 +155,7 @@ def load_last_checkpoint(path: str | Path, notify: Callable[[str], None] = print
 
 
 def check_fits(path: str | Path, state: TrainState, expected: dict[str, torch.Tensor]) -> None:
-    """Refuse a checkpoint whose weights do not go into the model at hand.
+    """Refuse a checkpoint whose weights do not fit the model.
 
     expected: `model.state_dict()`.
     Raises: CheckpointError naming the first parameter that differs.

@@ -76,6 +76,7 @@ STUDIES = {
                 "planted-150", ("--pattern", "given", "--masks", "{data}/planted.blocks.npy"), 150
             ),
             *_arms("mass mass_rows learned random all", 200),
+            Arm("outside-150", ("--pattern", "given", "--masks", "{out}/outside-{seed}.npy"), 150),
             Arm("diagonal-150", ("--pattern", "given", "--masks", "{out}/diagonal.npy"), 150),
         ),
         data=PLANTED,
@@ -206,10 +207,16 @@ class Runs:
                 self.keep_metrics(seed, "dense")
             if study.task == "planted" and study.prefix:
                 self.keep_recall(seed)
+                planted = np.load(self.data(seed) / "planted.blocks.npy")
+                others = np.random.default_rng(seed).permutation(np.flatnonzero(~planted))
+                outside = np.zeros_like(planted)
+                outside.flat[others[: planted.sum()]] = True
+                np.save(self.folder / f"outside-{seed}.npy", outside)
             for arm in self.arms:
                 if arm.seeds is not None and seed not in arm.seeds:
                     continue
-                options = [o.format(data=self.data(seed), out=self.folder) for o in arm.options]
+                fields = {"data": self.data(seed), "out": self.folder, "seed": seed}
+                options = [o.format(**fields) for o in arm.options]
                 if arm.at:
                     options += [*AFTER, str(arm.at)]
                     if not self.last(seed, arm.name).exists():

@@ -62,6 +62,10 @@ def _arms(patterns: str, at: int, seeds: tuple[int, ...] | None = None) -> tuple
     )
 
 
+def _given(mask: str) -> tuple[str, ...]:
+    return ("--pattern", "given", "--masks", mask)
+
+
 PLANTED = ("preprocess/create_planted.py",)
 SIX = (0, 1, 2, 3, 4, 5)
 STUDIES = {
@@ -72,12 +76,11 @@ STUDIES = {
         prefix=(50, 100, 150, 200, 250, 300, 400),
         arms=(
             *_arms("mass mass_rows learned untrained random random_rows band", 150),
-            Arm(
-                "planted-150", ("--pattern", "given", "--masks", "{data}/planted.blocks.npy"), 150
-            ),
+            Arm("planted-150", _given("{data}/planted.blocks.npy"), 150),
             *_arms("mass mass_rows learned random all", 200),
-            Arm("outside-150", ("--pattern", "given", "--masks", "{out}/outside-{seed}.npy"), 150),
-            Arm("diagonal-150", ("--pattern", "given", "--masks", "{out}/diagonal.npy"), 150),
+            Arm("outside-150", _given("{out}/outside-{seed}.npy"), 150),
+            Arm("diagonal-150", _given("{out}/diagonal.npy"), 150),
+            Arm("own-0", (*_given("{out}/diagonal.npy"), *AFTER, "0"), seeds=(0, 1, 2)),
         ),
         data=PLANTED,
     ),
@@ -89,7 +92,7 @@ STUDIES = {
         arms=(
             *_arms("learned untrained random random_rows mass_rows band", 200),
             *_arms("all", 200, SIX),
-            Arm("one-200", ("--pattern", "given", "--masks", "{out}/one.npy"), 200, SIX),
+            Arm("one-200", _given("{out}/one.npy"), 200, SIX),
         ),
         options=(
             *("--batch_size", "64", "--set", "training.eval_frequency=100"),

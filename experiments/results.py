@@ -1,9 +1,10 @@
-"""Writes the tables of docs/results.md from the kept metrics of experiments/evidence.py.
+"""Writes tables and figures of docs/results.md from the metrics that experiments/evidence.py kept.
 
-python experiments/results.py            # rewrites what stands between the markers of each table
+python experiments/results.py            # rewrites what stands between the markers, and figures
 python experiments/results.py --check    # exit code 1 if the page says anything else
 
-A study that has not been run yields a table that says so.
+A study that has not been run yields a table that says so. docs/results/given.json holds what is no
+metric of a run: the published results, and the time of a step on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -121,7 +122,34 @@ def planted_arms(kept: Path) -> str:
     return table(["switch after", "blocks", *SPREAD, "attention kept, layer 0"], rows)
 
 
+PAIRS = [
+    *(("learned", "mass"), ("random", "mass"), ("mass", "mass_rows"), ("random", "random_rows")),
+    *(("learned", "untrained"), ("learned", "random"), ("outside", "random")),
+]
+
+
+def planted_pairs(kept: Path) -> str:
+    """Paired by seed: the same prefix, other blocks."""
+    runs = load("planted", kept)
+    rows = []
+    for at in ("150", "200"):
+        for first, second in PAIRS:
+            a, b = (endpoints(runs.get(f"{name}-{at}", {}), (600,)) for name in (first, second))
+            if common := sorted(set(a) & set(b)):
+                values = [b[seed] - a[seed] for seed in common]
+                rows.append([at, f"{second} - {first}", *spread(values, "+.3f")])
+    return table(["switch after", "difference", *SPREAD], rows)
+
+
+def dense_steps(events: Events) -> int:
+    """Dense steps of a run of 600, those at a reselection among them."""
+    switched = transition(events)
+    again = sum(e["event"] == "reselection" for e in events)
+    return switched["step"] + again if switched else 600
+
+
 def when(kept: Path) -> str:
+    milliseconds = given(kept)["planted_step_ms"]
     rows = []
     for name, runs in load("when", kept).items():
         final = endpoints(runs, (600,))
@@ -129,10 +157,27 @@ def when(kept: Path) -> str:
             continue
         switches = [transition(events) for events in runs.values()]
         steps = ", ".join(str(e["step"]) if e else "-" for e in switches)
-        seconds = [max(e["seconds"] for e in ev if "seconds" in e) for ev in runs.values()]
-        rows.append([name, steps, *spread(list(final.values())), f"{np.mean(seconds):.0f}"])
+        dense = float(np.mean([dense_steps(events) for events in runs.values()]))
+        cost = dense * milliseconds["dense"] + (600 - dense) * milliseconds["sparse"]
+        share = cost / (600 * milliseconds["dense"])
+        rows.append([name, steps, *spread(list(final.values())), f"{share:.2f}"])
     rows.sort(key=lambda row: -float(row[2]))
-    return table(["criterion", "switched after", *SPREAD, "seconds"], rows)
+    return table(["criterion", "switched after", *SPREAD, "time / dense"], rows)
+
+
+def churn(kept: Path) -> str:
+    """What each reselection exchanges: new blocks of 51 and the attention before and after."""
+    rows = []
+    for seed, events in load("when", kept).get("reselect", {}).items():
+        for e in events:
+            if e["event"] == "reselection":
+                cells = [" / ".join(format(v, form) for v in e[key]) for key, form in CHURN]
+                rows.append([str(seed), str(e["step"]), *cells])
+    header = ["seed", "step", "new blocks of 51", "attention kept before", "after"]
+    return table(header, rows)
+
+
+CHURN = [("exchanged", "d"), ("kept_mass_before", ".3f"), ("kept_mass", ".3f")]
 
 
 # ---- lra-image, lra-listops --------------------------------------------------------
@@ -224,14 +269,129 @@ def paper(kept: Path) -> str:
     return table(header, rows)
 
 
+def our_paper_runs(kept: Path) -> dict[str, Events]:
+    """Runs of the paper's configuration: name -> events."""
+    found = {f"seed {seed}": e for seed, e in load("paper", kept).get("sat", {}).items()}
+    for path in sorted(kept.glob("lra-image-seed-*.metrics.jsonl.gz")):
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        seed = path.name.split(".")[0].rpartition("-")[2]
+        found[f"seed {seed}, earlier commit"] = [json.loads(line) for line in lines]
+    return found
+
+
+def paper_band(kept: Path) -> str:
+    """Dev accuracy against that of the published runs."""
+    published = given(kept)["lra_image_dev"]
+    runs = our_paper_runs(kept)
+    rows = []
+    for step, values in published.items():
+        mean, deviation = np.mean(values), np.std(values, ddof=1)
+        cells = [f"{mean:.4f} ± {deviation:.4f} ({len(values)} seeds)"]
+        for events in runs.values():
+            found = accuracy_at(events, (int(step),))
+            away = "" if found is None else f" ({(found - mean) / deviation:+.1f} sd)"
+            cells.append("-" if found is None else f"{found:.4f}{away}")
+        rows.append([f"dev accuracy after {int(step):,} steps", *cells])
+    switched = [transition(events) for events in runs.values()]
+    steps = given(kept)["lra_image_switch"]
+    rows.append(
+        [
+            "switched after step",
+            f"{min(steps)} to {max(steps)}",
+            *(str(e["step"]) if e else "-" for e in switched),
+        ]
+    )
+    return table(["", "published", *runs], rows)
+
+
+def checkpoints(kept: Path) -> str:
+    """Published checkpoints, evaluated here."""
+    rows = [
+        [f"{r['task']}, seed {r['seed']}", *(f"{r[k]:.4f}" for k in ("published", "fp32", "bf16"))]
+        for r in given(kept)["checkpoints"]
+    ]
+    return table(["checkpoint", "published", "here, fp32", "here, bf16"], rows)
+
+
+def given(kept: Path) -> dict:
+    return json.loads((kept / "given.json").read_text(encoding="utf-8"))
+
+
+# ---- figures -----------------------------------------------------------------------
+
+
+def figures(folder: Path) -> None:
+    """One PNG a question, of what has been run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def save(name: str, figure) -> None:
+        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+
+    def dots(axis, values: dict[str, dict[int, float]], label: str) -> None:
+        """One row a name, one dot a seed, a bar at the mean; the best on top."""
+        order = sorted(values, key=lambda name: float(np.mean(list(values[name].values()))))
+        for y, name in enumerate(order):
+            found = list(values[name].values())
+            axis.plot(found, [y] * len(found), "o", color="#1f77b4", alpha=0.6, markersize=5)
+            axis.plot([np.mean(found)] * 2, [y - 0.3, y + 0.3], color="black")
+        axis.set_yticks(range(len(order)), order)
+        axis.set_xlabel(label)
+        axis.grid(axis="x", alpha=0.3)
+
+    def ends(study: str, steps: tuple[int, ...]) -> dict[str, dict[int, float]]:
+        runs = {name: endpoints(found, steps) for name, found in load(study, folder).items()}
+        return {name: found for name, found in runs.items() if found and name != "dense"}
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for seed, rows in load("planted", folder).get("recall", {}).items():
+        for name, color in (("mass", "#1f77b4"), ("learned", "#d62728")):
+            label = name if seed == 0 else None
+            y = [row[name][0] for row in rows]
+            left.plot([row["step"] for row in rows], y, color=color, alpha=0.7, label=label)
+    left.set(xlabel="dense steps", ylabel="planted pairs among the chosen blocks", ylim=(0, 1))
+    left.legend()
+    arms = {f"{n.rpartition('-')[0]}, {n.rpartition('-')[2]}": v
+            for n, v in ends("planted", (600,)).items() if n != "recall"}  # fmt: skip
+    dots(right, arms, "accuracy at step 600 (blocks, switch after)")
+    right.axvline(0.25, color="gray", linestyle="--")
+    save("planted", figure)
+
+    for study, steps in (("when", (600,)), ("image", ENDPOINT), ("listops", ENDPOINT)):
+        if found := ends(study, steps):
+            figure, axis = pyplot.subplots(
+                figsize=(7, 0.6 + 0.4 * len(found)), layout="constrained"
+            )
+            dots(axis, {name.removesuffix("-200"): v for name, v in found.items()}, "dev accuracy")
+            save(study, figure)
+
+    for events in load("paper", folder).get("sat", {}).values():
+        probes = [e for e in events if e["event"] == "probe"]
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
+        for layer, axis in enumerate(axes):
+            for key in ("kept_mass", "best_mass", "used_mass", "output_error"):
+                y = [e[key][layer] for e in probes]
+                axis.plot([e["step"] for e in probes], y, label=key.replace("_", " "))
+            axis.set(xlabel="step", title=f"layer {layer}")
+        axes[0].legend()
+        save("paper", figure)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "planted-dense": planted_dense,
     "planted-arms": planted_arms,
+    "planted-pairs": planted_pairs,
     "when": when,
+    "churn": churn,
     "image": image,
     "image-tests": image_tests,
     "listops": listops,
+    "paper-band": paper_band,
     "paper": paper,
+    "checkpoints": checkpoints,
 }
 
 
@@ -254,6 +414,7 @@ def main(argv=None) -> int:
             print("error: docs/results.md differs from the kept metrics", file=sys.stderr)
         return int(new != page)
     PAGE.write_text(new, encoding="utf-8")
+    figures(KEPT)
     return 0
 
 

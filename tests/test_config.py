@@ -5,7 +5,9 @@ import math
 import pytest
 
 from config import Aliases, Config
+from training.commands.train import FLAGS
 from training.errors import UserError
+from training.options import add_training_arguments, build_parser
 from training.settings import TaskConfig, build_config, resolve_task, unused_fields
 
 
@@ -44,6 +46,26 @@ def test_flag_beats_set_beats_dict_beats_default():
         settings=["training.skewness=2", "training.batch_size=8"], flags={"training.skewness": 3.0}
     )
     assert (config.training.skewness, config.training.batch_size) == (3.0, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ("learned", "settled")),
+        (["--recipe", "sat"], ("learned", "settled")),
+        (["--recipe", "attention"], ("mass_rows", "concentrated")),
+        (["--recipe", "attention", "--pattern", "mass"], ("mass", "concentrated")),
+        (["--set", "sparsity.pattern=mass", "--recipe", "attention"], ("mass", "concentrated")),
+        (["--recipe", "attention", "--transition_when", "settled"], ("mass_rows", "settled")),
+    ],
+)
+def test_a_recipe_is_what_nothing_else_says(words, expected):
+    parser = build_parser("x", "", modes=["train"], default_mode="train")
+    add_training_arguments(parser)
+    args = parser.parse_args(words)
+    flags = {path: getattr(args, flag) for flag, path in FLAGS.items()}
+    found = build("lra-image", settings=args.set, flags=flags).sparsity
+    assert (found.pattern, found.transition_when) == expected
 
 
 def test_batch_size_never_changes_what_is_evaluated():

@@ -33,6 +33,21 @@ def interrupted_early() -> int:
     return 130
 
 
+# several options under one name, as --set writes them; whatever is given beside a recipe wins
+RECIPES = {
+    "sat": ["sparsity.pattern=learned", "sparsity.transition_when=settled"],
+    "attention": ["sparsity.pattern=mass_rows", "sparsity.transition_when=concentrated"],
+}
+
+
+class Recipe(argparse.Action):
+    """Puts a recipe's settings before those of --set."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.set = [*RECIPES[values], *namespace.set]
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """0.3,0.1 as a tuple."""
     return tuple(float(part) for part in text.split(","))
@@ -173,6 +188,17 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     transition = parser.add_argument_group("transition from dense to sparse")
+    transition.add_argument(
+        "--recipe",
+        choices=[*RECIPES],
+        action=Recipe,
+        default="sat",
+        help=(
+            "sat (default): the reference's pattern and criterion, learned and settled; "
+            "attention: blocks by the attention they hold once it has concentrated, mass_rows and "
+            "concentrated"
+        ),
+    )
     transition.add_argument(
         "--sk",
         type=float,

@@ -284,7 +284,8 @@ def paper_band(kept: Path) -> str:
     published = given(kept)["lra_image_dev"]
     runs = our_paper_runs(kept)
     rows = []
-    for step, values in published.items():
+    for step in ("500", "1000", "2000"):
+        values = published[step]
         mean, deviation = np.mean(values), np.std(values, ddof=1)
         cells = [f"{mean:.4f} ± {deviation:.4f} ({len(values)} seeds)"]
         for events in runs.values():
@@ -367,6 +368,21 @@ def figures(folder: Path) -> None:
             )
             dots(axis, {name.removesuffix("-200"): v for name, v in found.items()}, "dev accuracy")
             save(study, figure)
+
+    published = {int(step): v for step, v in given(folder)["lra_image_dev"].items()}
+    runs = our_paper_runs(folder)
+    last = max(e["step"] for events in runs.values() for e in events)
+    steps = [step for step in published if step <= last]
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    band = [[f(published[step]) for step in steps] for f in (min, max, np.median)]
+    axis.fill_between(steps, *band[:2], color="0.85", label="published: lowest to highest")
+    axis.plot(steps, band[2], color="0.5", label="published: median")
+    for name, events in runs.items():
+        points = [(e["step"], e["accuracy"]) for e in events if e["event"] == "eval"]
+        axis.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
+    axis.set(xlabel="completed steps", ylabel="dev accuracy")
+    axis.legend()
+    save("lra-image", figure)
 
     for events in load("paper", folder).get("sat", {}).values():
         probes = [e for e in events if e["event"] == "probe"]

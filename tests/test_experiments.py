@@ -2,7 +2,6 @@
 and once with the real one."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import tiny
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-import plot_trajectory  # noqa: E402
 import sweep  # noqa: E402
 
 # Trains 30 steps; a file "trouble" in the output folder says what goes wrong.
@@ -343,116 +341,11 @@ def test_what_the_grid_does_not_set_may_stand_behind(entry):
     assert all(call.endswith("--pattern band --set model.density=0.5") for call in _calls(entry))
 
 
-# ---- trajectories -----------------------------------------------------------------------------
-
-
-def _metrics(path: Path, evaluations: dict[int, float], task="lra-image") -> Path:
-    events = [{"event": "start", "step": 0, "task": task}]
-    events += [{"event": "eval", "step": s, "accuracy": a} for s, a in evaluations.items()]
-    events.insert(2, {"event": "transition", "step": 180})
-    path.write_text("".join(json.dumps(event) + "\n" for event in events))
-    return path
-
-
-def _published(path: Path) -> Path:
-    lines = ["task,seed,run,step,dev_loss,dev_accuracy,seconds_on_4_gpus"]
-    for seed in range(3):
-        for step in (499, 999):
-            lines.append(f"lra-image,{seed},learnable,{step},1.5,{0.3 + seed / 10 + step / 1e5},1")
-    lines.append("lra-image,9,trsfmr,499,1.5,0.9,1")
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def test_the_band_is_that_of_the_published_runs(tmp_path, capsys):
-    metrics = _metrics(tmp_path / "m.jsonl", {500: 0.42, 700: 0.4, 1000: 0.1})
-    figure = tmp_path / "f" / "trajectory.png"
-    given = [metrics, "--published", _published(tmp_path / "p.csv"), "--output", figure]
-    assert plot_trajectory.main([str(word) for word in given]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("lra-image, transition at step 180")
-    # the published step 499 is after 500 steps; the dense run is not in the band
-    assert lines[2].split() == ["500", "0.4200", "within", "0.3050", "0.4050", "0.5050", "3"]
-    assert lines[3].split()[:2] == ["700", "0.4000"] and "not evaluated" in lines[3]
-    assert lines[4].split() == ["1000", "0.1000", "below", "0.3100", "0.4100", "0.5100", "3"]
-    assert figure.read_bytes()[:4] == b"\x89PNG"
-
-
-def test_the_real_published_file_is_read(shared_data):
-    path = shared_data / "reference" / "dev_trajectories.csv"
-    found = plot_trajectory.read_published(path, "lra-image", "learnable")
-    assert len(found[500]) >= 10 and max(found) == 10_000
-    assert min(found[500]) > 0.25 and max(found[10_000]) < 0.5
-
-
-@pytest.mark.parametrize("case", ["absent", "torn", "no start", "none", "columns", "task", "two"])
-def test_mistakes_are_one_sentence(tmp_path, capsys, case):
-    metrics = _metrics(tmp_path / "m.jsonl", {} if case == "none" else {500: 0.4})
-    published = _published(tmp_path / "p.csv")
-    given = [metrics, "--published", published, "--output", tmp_path / "f.png"]
-    if case == "absent":
-        metrics.unlink()
-        message = "m.jsonl"
-    elif case == "torn":
-        metrics.write_text(metrics.read_text()[:-5])
-        message = "line 3: not an event of a run"
-    elif case == "no start":
-        metrics.write_text("")
-        message = "has no start of a run"
-    elif case == "none":
-        message = "has no evaluation yet"
-    elif case == "columns":
-        published.write_text("step,accuracy\n1,2\n")
-        message = "has no column task, seed, run, dev_accuracy"
-    elif case == "task":
-        published.write_text(published.read_text().replace("lra-image", "lra-text"))
-        message = "has no runs 'learnable' of task lra-image"
-    else:
-        given.insert(1, _metrics(tmp_path / "n.jsonl", {500: 0.4}, "lra-text"))
-        message = "runs of several tasks in one figure: lra-image, lra-text"
-    assert plot_trajectory.main([str(word) for word in given]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert not (tmp_path / "f.png").exists()
-
-
-def test_the_recipe_trains_goes_on_and_draws(entry, tmp_path):
-    """experiments/lra_image.sh with the stand-in in the entry script's place."""
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments/lra_image.sh").write_text((EXPERIMENTS / "lra_image.sh").read_text())
-    # a figure takes seconds and is tested above: here only what is asked for
-    (tmp_path / "experiments/plot_trajectory.py").write_text("import sys; print(sys.argv[1:])")
-    entry.rename(tmp_path / "main_learnable_skewness.py")
-    out = tmp_path / "out"
-    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT_DIR": str(out)}
-    command = ["sh", "experiments/lra_image.sh", str(_published(tmp_path / "p.csv"))]
-    called = []
-    for steps in ("10", "20", "20"):
-        drawn = subprocess.run(
-            [*command, "--batch_size", "8"],
-            cwd=tmp_path,
-            env={**environment, "STEPS": steps},
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        called.append(_calls(entry))
-        metrics = str(out / "logs/log-0/lra-image/sat.metrics.jsonl")
-        asked = [metrics, "--published", command[2], "--output", str(out / "trajectory.png")]
-        assert drawn.stdout.strip() == str(asked)
-    begin = "--mode train --task lra-image --sk 1.7 --ds 1.3 --stop_after"
-    assert called == [
-        [f"{begin} 10 --output_dir {out} --batch_size 8"],
-        [f"{begin} 20 --output_dir {out} --resume --batch_size 8"],
-        [],
-    ]
-
-
 # ---- the real thing ---------------------------------------------------------------------------
 
 
 def test_a_sweep_of_real_runs(tmp_path, capfd):
-    """A tiny ListOps: cut, continued, its row in the table and its trajectory."""
+    """A tiny ListOps: cut, continued, its row in the table."""
     tiny.write_data(tmp_path / "data")
     out = tmp_path / "out"
     grid = ["--grid", "pattern=band", "--grid", "model.density=0.3"]
@@ -474,6 +367,3 @@ def test_a_sweep_of_real_runs(tmp_path, capfd):
     assert row[6:8] == ["12", "30"] and row[-1] == "done"
     link = f"logs/log-0/{tiny.TASK}/train.band-density0.3.html"
     assert link in (out / "sweep.html").read_text() and (out / link).exists()
-    given = [str(log / "band-density0.3.metrics.jsonl"), "--output", str(tmp_path / "t.png")]
-    assert plot_trajectory.main(given) == 0
-    assert "transition at step 12" in capfd.readouterr().out

@@ -1,6 +1,7 @@
 """experiments/results.py: the tables of docs/results.md come from kept metrics, and the analyses
 give known answers."""
 
+import csv
 import gzip
 import json
 import sys
@@ -67,3 +68,21 @@ def test_pooled_residual_of_a_table_by_hand():
 def test_a_run_that_did_not_get_to_its_end_does_not_count(tmp_path):
     keep(tmp_path, "listops", "band-200", 0, [{"event": "eval", "step": 1300, "accuracy": 0.5}])
     assert results.listops(tmp_path) == "Not run yet.\n"
+
+
+def test_the_published_numbers_are_those_of_the_published_runs(shared_data):
+    with open(shared_data / "reference" / "dev_trajectories.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["run"] == "learnable"]
+    real: dict[str, list[float]] = {}
+    for row in rows:
+        if row["task"] == "lra-image":  # its steps count from 0: 499 is after 500
+            real.setdefault(str(int(row["step"]) + 1), []).append(float(row["dev_accuracy"]))
+    assert results.given(results.KEPT)["lra_image_dev"] == real
+    with open(shared_data / "reference" / "test_results.csv", newline="") as file:
+        tests = {
+            int(row["seed"]): float(row["test_accuracy"])
+            for row in csv.DictReader(file)
+            if (row["task"], row["run"]) == ("lra-image", "learnable")
+        }
+    for row in results.given(results.KEPT)["checkpoints"]:
+        assert row["published"] == tests[row["seed"]]

@@ -1,10 +1,14 @@
-"""Runs that are killed at any moment and resumed end with the bits of a run that was not.
+"""Runs that are ended at any moment and resumed end with the bits of a run that was not.
 
-Real processes are killed with real signals. To afford hundreds of them, this file started as a
-script is a server that imports torch and the program once and forks for every run.
+Real processes get real signals, or run out of memory. To afford hundreds of them, this file
+started as a script is a server that imports torch and the program once and forks for every run.
 """
 
+import collections
 import contextlib
+import functools
+import importlib
+import itertools
 import json
 import os
 import random
@@ -19,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from preprocess import writer
@@ -28,17 +33,8 @@ from training.recording.paths import RunPaths
 from training.recording.reference_files import load_masks
 
 ROOT = Path(__file__).resolve().parent.parent
-TASK, STEPS, LENGTH = "lra-listops", 60, 64
-MODEL = {
-    "num_layers": 2,
-    "max_seq_len": LENGTH,
-    "block_size": 16,
-    "density": 0.3,
-    "embedding_dim": 16,
-    "transformer_dim": 16,
-    "transformer_hidden_dim": 16,
-    "head_dim": 8,
-}
+TASK, LENGTH, MODEL = tiny.TASK, tiny.LENGTH, tiny.MODEL
+STEPS = 60
 TRAINING = {
     "num_eval_steps": 1,
     "eval_frequency": 7,
@@ -50,25 +46,74 @@ TRAINING = {
 # ---- runs ----------------------------------------------------------------------------------
 
 
-def serve():
-    """Forks a run for each line of stdin, a JSON list [arguments, file for its output]; answers
-    with its process id, then with its exit code (-9: killed)."""
+# functions that a run is seen to enter and to leave, and what it does there
+PLACES = {
+    "training.loop.train_step": "step",
+    "training.loop.evaluate_and_keep_best": "evaluation",
+    "training.loop.enter_next_phase": "transition",
+    "training.loop.probe": "probe",
+    "training.loop.save_last": "save",
+    "training.loop.save_checkpoint": "save",
+    "training.recording.words.draw_blocks": "picture",
+    "training.recording.words.save_png": "picture",
+    "training.recording.words.write_run_page": "report",
+    "training.commands.train.timed_test": "test",
+}
+
+
+def serve(drawing):
+    """Forks a run for each line of stdin, a JSON list [arguments, file for its output, file that
+    tells where it is]; answers with its process id, then with its exit code (-9: killed).
+
+    drawing: whether runs draw their pictures, which takes most of a short run's time.
+    """
     # what a run imports late, so that only the server has to
     import matplotlib.figure  # noqa: F401
 
     import main_learnable_skewness
     from config import Config  # noqa: F401
     from training import loop
-    from training.recording import words
+    from training.commands import train  # noqa: F401
+    from training.recording import provenance, words
 
-    import_tensorboard()  # what a run does late, so that only the server has to
-    # Drawing would take most of a run's time, and most kills would hit it.
-    words.draw_transition = lambda *_: np.zeros((2, 2, 3), np.uint8)
-    words.draw_run = lambda *_: None
+    import_tensorboard()
+    provenance.commit = lambda: {}  # starts git
     loop.FIRST_BEST_STEP = 1  # these runs are shorter than the 100 steps it takes otherwise
     torch.set_num_threads(1)
+    if not drawing:
+        words.draw_blocks, words.write_run_page = (lambda *_: None), (lambda *_: None)
+        words.save_png = lambda *_: np.zeros((2, 2, 3), np.uint8)
+    inside = ["start"]
+
+    def note():
+        if where is not None:
+            os.write(where, f"{time.monotonic()} {inside[-1]}\n".encode())
+
+    def watched(function, place):
+        @functools.wraps(function)
+        def call(*arguments, **keywords):
+            inside.append(place)
+            note()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                inside.pop()
+                note()
+
+        return call
+
+    for name, place in PLACES.items():
+        module, _, function = name.rpartition(".")
+        owner = importlib.import_module(module)
+        setattr(owner, function, watched(getattr(owner, function), place))
+
+    def run_out_of_memory(*_):
+        error = random.choice((MemoryError(), torch.OutOfMemoryError("out of memory (injected)")))
+        raise error
+
+    signal.signal(signal.SIGUSR2, run_out_of_memory)
     for line in sys.stdin:
-        arguments, output = json.loads(line)
+        arguments, output, places = json.loads(line)
         child = os.fork()
         if child == 0:
             code = 70
@@ -76,6 +121,8 @@ def serve():
                 descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(descriptor, 1)
                 os.dup2(descriptor, 2)
+                where = places and os.open(places, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                note()
                 code = main_learnable_skewness.main(arguments)
                 sys.stdout.flush()
             except SystemExit as error:
@@ -93,11 +140,12 @@ def serve():
 class Server:
     """Client of `serve`."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, drawing=False):
+        self.output, self.where = folder / "output.txt", folder / "where.txt"
+        self.drawing = drawing
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
+            [sys.executable, str(Path(__file__).resolve()), *(["draw"] if drawing else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -107,10 +155,17 @@ class Server:
 
     def start(self, arguments):
         """Starts a run; returns its process id."""
-        self.output = self.folder / "output.txt"
-        self.output.unlink(missing_ok=True)
-        self.process.stdin.write(json.dumps([arguments, str(self.output)]) + "\n")
+        for path in (self.output, self.where):
+            path.unlink(missing_ok=True)
+        words = [arguments, str(self.output), str(self.where)]
+        self.process.stdin.write(json.dumps(words) + "\n")
         return int(self._answer())
+
+    def places(self):
+        """[(seconds, what the run began or came back to then)] so far."""
+        lines = self.where.read_text().splitlines(keepends=True) if self.where.exists() else []
+        words = [line.split() for line in lines if line.endswith("\n")]
+        return [(float(seconds), place) for seconds, place in words]
 
     def finish(self):
         """Waits for the run; returns its exit code."""
@@ -173,10 +228,6 @@ def events(paths):
     return [json.loads(line) for line in lines[:-1]]
 
 
-def records(paths):
-    return paths.metrics.read_bytes().count(b"\n") if paths.metrics.exists() else 0
-
-
 def train_steps(paths):
     return [event["step"] for event in events(paths) if event["event"] == "train"]
 
@@ -184,7 +235,7 @@ def train_steps(paths):
 def without_measurements(value):
     """Drops what may differ between two runs: durations, memory, names of TensorBoard's files."""
     if isinstance(value, dict):
-        measured = ("seconds", "peak_memory_bytes", "log")
+        measured = ("seconds", "peak_memory_bytes", "log", "save_seconds")
         return {k: without_measurements(v) for k, v in value.items() if k not in measured}
     if isinstance(value, (list, tuple)):
         return [without_measurements(item) for item in value]
@@ -376,81 +427,143 @@ def start_until(server, command, paths, step):
     return process
 
 
-def kill_until_done(server, command, output_dir, rng):
-    """Kills a run at random moments until it ends by itself.
+# how a run is ended, and what it then answers with: killed by a signal, or its exit code
+KINDS = {
+    "SIGKILL": (-signal.SIGKILL,),
+    # before it listens, or while it says its last words
+    "SIGTERM": (128 + signal.SIGTERM, -signal.SIGTERM),
+    "SIGHUP": (128 + signal.SIGHUP, -signal.SIGHUP),
+    "no memory": (1,),  # raised between any two operations of Python
+}
+# which of its visits of a place a run is ended in, at most
+VISITS = {"start": 1, "step": 15, "save": 15, "evaluation": 4, "probe": 3}
+LONG = ("step", "evaluation", "transition", "save", "picture", "test")
+MOMENTS = list(itertools.product(KINDS, ["start", *dict.fromkeys(PLACES.values())]))
 
-    Returns: for every kill whether it left a half-written checkpoint.
+
+def end_in(server, command, kind, place, rng, lasts):
+    """Starts a run and ends it at a random moment of its visit of a place, unless it is done
+    before.
+
+    Returns: its exit code, and where it was.
     """
-    paths = RunPaths(output_dir, 0, TASK, "sat")
-    inside = []
-    while True:
-        before = events(paths)
-        step = load_checkpoint(paths.last).step if paths.last.exists() else None
-        position = len(log_tail(paths, 0))
-        process = server.start([*command, "--resume"] if inside else command)
-        with contextlib.suppress(ProcessLookupError):  # it was done before
-            # any place within the next steps, and any moment within a step and its save
-            steps = rng.randrange(0, 15)
-            while records(paths) < len(before) + steps:
-                os.kill(process, 0)
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.2 if steps == 0 else 0.05))
-            os.kill(process, signal.SIGKILL)
-        code = server.finish()
+    process = server.start(command)
+    visit = rng.randint(1, VISITS.get(place, 1))
+    number = signal.SIGUSR2 if kind == "no memory" else getattr(signal, kind)
+    hit = None
+    with contextlib.suppress(ProcessLookupError):  # it was done before
+        while sum(name == place for _, name in server.places()) < visit:
+            os.kill(process, 0)
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, lasts[place]))
+        hit = server.places()[-1][1]
+        os.kill(process, number)
+    code = server.finish()
+    if kind == "SIGKILL" and code < 0:
+        hit = server.places()[-1][1]
+    return code, hit
+
+
+def check_what_is_left(paths, said, before, step):
+    """After a run went on from `step` (None: began) with `before` in its metrics."""
+    kept = [event for event in before if step is not None and event["step"] <= step]
+    kept = [event for event in kept if event["event"] != "end"]
+    after = events(paths)
+    if "resumed at step" in said:
         # What was done before the last completed save is never done again: not a byte of its
         # records changes, not even the durations.
-        kept = [event for event in before if step is not None and event["step"] <= step]
-        kept = [event for event in kept if event["event"] != "end"]
-        after = events(paths)
-        said = log_tail(paths, position)
-        if "resumed at step" in said:
-            assert f"resumed at step {step}, " in said
-            assert after[: len(kept)] == kept
-            done = [event["step"] for event in after[len(kept) :] if event["event"] == "train"]
-            assert done == list(range(step + 1, step + 1 + len(done)))
-        if code == 0:
-            return inside
-        assert code == -signal.SIGKILL, server.output.read_text()
-        if paths.last.parent.exists():
-            inside.append(any(p.name.endswith(".saving") for p in paths.last.parent.iterdir()))
-        else:
-            inside.append(False)
-        if paths.last.exists():
-            saved = load_checkpoint(paths.last).step
-            assert step is None or saved >= step
-            # no step is lost that was saved: records are never behind their checkpoint
-            assert max(train_steps(paths)) >= saved
-        else:
-            assert step is None
+        assert f"resumed at step {step}, " in said
+        assert after[: len(kept)] == kept
+        done = [event["step"] for event in after[len(kept) :] if event["event"] == "train"]
+        assert done == list(range(step + 1, step + 1 + len(done)))
+    if paths.last.exists():
+        saved = load_checkpoint(paths.last).step
+        assert step is None or saved >= step
+        # no step is lost that was saved: records are never behind their checkpoint
+        assert max(train_steps(paths), default=0) >= saved
+        return saved
+    assert step is None
+    return None
 
 
-def kill_often(server, data_dir, tmp_path, kills):
-    options = ["--max_dense_steps", "25"]
+def end_often(server, data_dir, tmp_path, moments, rng):
+    """Ends runs at moments [(kind, place)] and resumes them until all have been met.
+
+    Returns: how often which kind met which place, and how the run then ended.
+    """
+    options = ["--max_dense_steps", "25", "--batch_size", "4", "--micro_batch_size", "1"]
     server.run(arguments(data_dir, tmp_path / "whole", *options))
     expected = results(tmp_path / "whole")
     assert expected["last"]["phase"] == "sparse" and expected["last"]["step"] == STEPS
-    rng = random.Random(0)
-    inside, runs = [], 0
-    while len(inside) < kills:
-        output_dir = tmp_path / f"killed{runs}"
-        command = arguments(data_dir, output_dir, *options)
-        inside += kill_until_done(server, command, output_dir, rng)
-        assert_same_results(results(output_dir), expected)
+    pictures = {"train.sat.html", "train.sat.transition.png"}
+    visited = server.places()
+    lasts = collections.defaultdict(float)
+    for (began, place), (left, _) in itertools.pairwise(visited):
+        lasts[place] = max(lasts[place], left - began)
+    moments, met = list(moments), collections.Counter()
+    for number in itertools.count():
+        output_dir = tmp_path / f"ended{number}"
+        paths = RunPaths(output_dir, 0, TASK, "sat")
+        saves = ["--set", f"training.save_seconds={rng.choice(('1e-6', '0.2'))}"]
+        command = arguments(data_dir, output_dir, *options, *saves)
+        code, step, unseen = None, None, set()
+        while code != 0:
+            before, position = events(paths), len(log_tail(paths, 0))
+            kind, place = moments[-1] if moments else ("SIGKILL", "never")
+            given = command if code is None else [*command, "--resume"]
+            code, hit = end_in(server, given, kind, place, rng, lasts)
+            output = server.output.read_text()
+            saved = check_what_is_left(paths, log_tail(paths, position), before, step)
+            if hit is None:
+                assert code == 0, output
+            else:
+                moments.pop()
+                met[kind, hit, "went on" if code == 0 else "ended"] += 1
+                assert code in (0, *KINDS[kind]) and (code or kind != "SIGKILL"), output
+            if code > 128:  # it took its time to save: no step is lost
+                assert f"stopped by {kind}" in output
+                assert saved == max(train_steps(paths))
+            if code == 1:
+                assert output.splitlines()[-1].startswith("error: "), output
+            if "could not make the" in output:  # decoration, which the run goes on without
+                assert kind == "no memory", output
+                unseen |= {"picture"}
+            step = saved
+        found, wanted = results(output_dir), expected
+        if unseen:
+            found["curves"].pop("transition", None)
+            curves_ = {k: v for k, v in expected["curves"].items() if k != "transition"}
+            wanted = {**expected, "curves": curves_}
+        else:
+            assert pictures <= {path.name for path in paths.log.parent.iterdir()} or not server.drawing
+        assert_same_results(found, wanted)
         left = [p for p in output_dir.rglob("*") if p.name.endswith((".saving", ".tmp"))]
         assert left == []
-        runs += 1
-    print(f"{len(inside)} kills in {runs} runs, {sum(inside)} inside a save")
-    return sum(inside) / len(inside)
+        shutil.rmtree(output_dir)
+        if not moments:
+            return met
 
 
-def test_killed_at_random_moments(server, data_dir, tmp_path):
-    kill_often(server, data_dir, tmp_path, 5)
+def test_ended_at_random_moments(server, data_dir, tmp_path):
+    rng = random.Random(0)
+    moments = [(kind, place) for kind in KINDS for place in rng.sample(LONG, 2)]
+    end_often(server, data_dir, tmp_path, moments, rng)
 
 
 @pytest.mark.slow
-def test_killed_200_times_at_random_moments(server, data_dir, tmp_path):
-    assert kill_often(server, data_dir, tmp_path, 200) > 0.1
+def test_ended_at_200_random_moments(data_dir, tmp_path):
+    rng = random.Random(int(os.environ.get("SAT_TEST_SEED", "0")))
+    moments = (MOMENTS * 6)[:200]
+    rng.shuffle(moments)
+    server = Server(tmp_path, drawing=True)
+    met = end_often(server, data_dir, tmp_path, moments, rng)
+    server.close()
+    for (kind, place, how), count in sorted(met.items()):
+        print(f"{kind}, {place}: {how} {count} times")
+    assert sum(met.values()) == 200
+    for kind, place in itertools.product(KINDS, LONG):
+        assert any(met[kind, place, how] for how in ("ended", "went on")), (kind, place)
 
 
 if __name__ == "__main__":
-    serve()
+    serve(drawing=sys.argv[1:] == ["draw"])

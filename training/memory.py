@@ -93,11 +93,15 @@ _EXHAUSTED = (
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
+    """Whether an exception says that memory ran out, or came of one that does: torch's writer of
+    files, for one, fails again when it is left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _EXHAUSTED)
+    if isinstance(error, RuntimeError) and any(words in text for words in _EXHAUSTED):
+        return True
+    cause = None if error.__suppress_context__ else error.__context__
+    return cause is not None and is_exhausted(cause)
 
 
 def release(device: torch.device) -> None:

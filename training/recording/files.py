@@ -110,14 +110,13 @@ def remove_stale_temporaries(path: str | Path) -> None:
 class _Sink:
     """The file torch.save writes to.
 
-    It keeps the first OSError for later instead of raising it: torch's C++ writer turns an
-    exception of its sink into a RuntimeError without the errno, so "disk full" could not be told
-    from a bug.
+    It keeps the first error for later instead of raising it: torch's C++ writer turns an exception
+    of its sink into a RuntimeError without the errno, so "disk full" could not be told from a bug.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self.error: OSError | None = None
+        self.error: OSError | MemoryError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         rest = memoryview(data).cast("B")
@@ -125,7 +124,7 @@ class _Sink:
         try:
             while rest and self.error is None:
                 rest = rest[os.write(self.descriptor, rest) :]
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self.error = error
         return size
 

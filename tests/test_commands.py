@@ -1,5 +1,6 @@
 """What people type, what they get, and what they are told when they mistype."""
 
+import itertools
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,11 @@ from PIL import Image
 
 import main_learnable_skewness
 from training import loop
+from training.commands import dry_run
 from training.commands import evaluate as evaluate_command
 from training.commands import launch as launch_command
 from training.commands import train as train_command
-from training.recording import words
+from training.recording import figures, words
 from training.recording.checkpoint import load_checkpoint, save_checkpoint
 from training.recording.reference_files import load_masks
 
@@ -186,10 +189,45 @@ def test_run_json_holds_facts_and_result(finished):
     assert sparse["step"] - sparse["attention"] == linear
 
 
-def test_pictures_show_something(finished):
-    picture = tiny.logs(finished) / "train.sat.transition.png"
-    pixels = np.asarray(Image.open(picture).convert("L"))
-    assert min(pixels.shape) > 300 and pixels.std() > 10
+def test_the_picture_shows_attention_scores_and_kept_blocks(fresh, monkeypatch):
+    drawn = []
+
+    def kept(figure, path):
+        drawn.append(figure)
+        return figures.save_png(figure, path)
+
+    monkeypatch.setattr(words, "save_png", kept)
+    assert tiny.train(fresh, "--max_dense_steps", "3") == 0
+    lines = (tiny.logs(fresh) / "sat.metrics.jsonl").read_text().splitlines()
+    (event,) = (r for r in map(json.loads, lines) if r["event"] == "transition")
+    masks = load_masks(fresh / "out/pickle/layer_attn-0" / f"mat_lst_{tiny.TASK}_sat.pickle")
+    pixels = np.asarray(Image.open(tiny.logs(fresh) / "train.sat.transition.png").convert("RGB"))
+    panels = [axis for axis in drawn[0].axes if axis.images]
+    assert len(panels) == 6  # of each of two layers: attention, scores, kept
+
+    def seen(axis, row, column):
+        x, y = axis.transData.transform((column + 0.5, row + 0.5))
+        return pixels[len(pixels) - 1 - int(y), int(x)].tolist()
+
+    for layer, (attention, scores, mask) in enumerate(zip(*[iter(panels)] * 3, strict=True)):
+        color = [int(figures.COLORS[layer][i : i + 2], 16) for i in (1, 3, 5)]
+        for row, column in np.ndindex(4, 4):
+            here = color if masks[layer, row, column] else [255, 255, 255]
+            assert seen(mask, row, column) == pytest.approx(here, abs=2)
+        assert scores.images[0].get_array() == pytest.approx(
+            np.array(event["pattern_scores"][layer]), rel=0.01
+        )
+        # rows of probabilities over 64 keys
+        rows = (10 ** attention.images[0].get_array()).sum(1)
+        assert rows == pytest.approx(np.ones(64), abs=1e-3)
+        for panel in (attention, scores):
+            image = panel.images[0]
+            step = image.get_array().shape[0] // 4
+            for row, column in np.ndindex(4, 4):
+                x, y = (column + 0.5) * step, (row + 0.5) * step
+                value = image.get_array()[int(y), int(x)]
+                here = [255 * part for part in image.cmap(image.norm(value))[:3]]
+                assert seen(panel, row, column) == pytest.approx(here, abs=2)
 
 
 def test_tensorboard_has_the_published_scalars(finished):
@@ -321,6 +359,34 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     output = capsys.readouterr().out
     assert code == 0 and list(tmp_path.iterdir()) == []
     assert "dense step: " in output and "sparse step: " in output and "peak memory: " in output
+
+
+def test_the_numbers_of_a_dry_run(tmp_path, capsys, monkeypatch):
+    """A dense step of 2 s and a sparse one of half a second, each the second of its phase."""
+    clock, phases = itertools.accumulate((5.0, 2.0, 7.0, 0.5)), []
+    peaks = iter((3.0e8, 7.5e8, 8.0e8))
+    train_step = loop.train_step
+    monkeypatch.setattr(
+        loop, "train_step", lambda run: phases.append(run.phase) or train_step(run)
+    )
+    timed = types.SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(dry_run, "time", timed)
+    monkeypatch.setattr(dry_run.memory, "peak_bytes", lambda device: next(peaks))
+    assert tiny.train(tmp_path, "--dry_run", "--train_steps", "7200") == 0
+    assert phases == ["dense", "dense", "sparse", "sparse"]
+    output = capsys.readouterr().out
+    # by hand: B 8, H 2, d 8, L 2, N 64; 4 of 16 blocks; a multiply-add counts as two
+    dense, sparse = 12 * 8 * 2 * 8 * 2 * 64 * 64, 12 * 8 * 2 * 8 * 2 * 4 * 256
+    linear, statistics = 6 * 8 * 64 * 2 * (4 * 16 * 16 + 2 * 16 * 16), dense // 6
+    for phase, ms, work in (
+        ("dense", 2000, dense + statistics + linear),
+        ("sparse", 500, sparse + linear),
+    ):
+        speed = work / ms / 1e6
+        said = f"{phase} step: {ms:,} ms, {work / 1e9:,.1f} GFLOP, {speed:,.1f} GFLOP/s\n"
+        assert said in output
+    assert "all 7,200 steps: 60 min sparse, 4.0 h dense; " in output
+    assert "peak memory: 750 MB (300 MB before the first step)" in output
 
 
 def test_both_documents_of_a_pair_train(tmp_path, capsys):

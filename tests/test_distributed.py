@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -187,17 +188,57 @@ def test_inference_on_two_processes_repeats_the_result(undisturbed, tmp_path):
     assert accuracy in output and "examples: 21" in output
 
 
-def test_a_lost_process_ends_the_job_in_a_sentence(tmp_path):
+def test_a_lost_process_ends_the_job(tmp_path):
     job = Job(tmp_path, run_arguments(tmp_path, steps=100_000))
     wait_for_step(tmp_path, 20, job)
     os.kill(job.workers()[1], signal.SIGKILL)
     killed = time.monotonic()
-    code, output = job.wait(60)
+    code, _ = job.wait(60)
     assert code != 0
     assert time.monotonic() - killed < 30
-    # rank 0 either says so itself or is ended by torchrun before it could
-    assert "another process of this job has ended" in output or "SIGKILL" in output
     assert load_checkpoint(tiny.checkpoints(tmp_path) / "sat.last.model").step % 10 == 0
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_process_that_is_left_says_so(tmp_path, lost):
+    """Without torchrun, which would end it before it has said a word."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = run_arguments(tmp_path, steps=100_000)
+    jobs = []
+    for rank in "01":
+        with open(tmp_path / f"rank{rank}.txt", "w") as output:
+            jobs.append(
+                subprocess.Popen(
+                    [sys.executable, "main_learnable_skewness.py", *arguments],
+                    cwd=ROOT,
+                    env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                    stdout=subprocess.DEVNULL,
+                    stderr=output,
+                )
+            )
+    try:
+        metrics, end = tiny.logs(tmp_path) / "sat.metrics.jsonl", time.monotonic() + 120
+        while not metrics.exists() or '"step": 12,' not in metrics.read_text():
+            assert time.monotonic() < end and all(job.poll() is None for job in jobs)
+            time.sleep(0.01)
+        jobs[lost].kill()
+        assert jobs[1 - lost].wait(30) == 1
+    finally:
+        for job in jobs:
+            job.kill()
+    said = (tmp_path / f"rank{1 - lost}.txt").read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    # its store goes with the first process: what the watch or the exchange finds, either first
+    assert "another process of this job has ended" in line or (
+        lost == 0 and "the job's store does not answer" in line
+    )
+    assert line.endswith("or let torchrun do it with --max-restarts")
+    assert "Traceback" not in said
+    assert load_checkpoint(tiny.checkpoints(tmp_path) / "sat.last.model").step == 10
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,13 +1,23 @@
-"""Memory that runs out at any moment, and gradients that fp16 does not hold."""
+"""Memory: what is expected of it, what happens where it runs out, and gradients that fp16 does
+not hold."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
 import training.evaluation  # noqa: F401
-from models import SequenceClassifier
+from kernels import DropoutKey
+from models import SequenceClassifier, build_model
+from models.config import ModelConfig
+from training import memory
+from training.recording.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
 
 WORDS = [
     "sat_attention_forward failed: no memory for scratch space",
@@ -108,6 +118,122 @@ def test_an_exhausted_criterion_is_a_sentence(fresh, capsys, monkeypatch):
     assert tiny.train(fresh) == 1
     error = capsys.readouterr().err
     assert "memory exhausted" in error and error.count("\n") == 1
+
+
+def test_exhaustion_is_known_by_what_it_led_to():
+    """torch's writer of files fails once more as it is left."""
+
+    def failing(suppressed):
+        try:
+            try:
+                raise MemoryError
+            finally:
+                if suppressed:
+                    raise RuntimeError("memory exhausted; said already") from None
+                raise RuntimeError("unexpected pos 64 vs 0")
+        except RuntimeError as error:
+            return error
+
+    assert memory.is_exhausted(failing(False)) and not memory.is_exhausted(failing(True))
+    assert not memory.is_exhausted(RuntimeError("a bug of ours"))
+    assert not memory.is_exhausted(ValueError("out of memory"))
+
+
+# ---- what is expected --------------------------------------------------------------
+
+
+def model_config(**more):
+    return ModelConfig(**{**tiny.MODEL, "vocab_size": 20, "num_classes": 10, **more})
+
+
+@pytest.mark.parametrize(
+    "model, batch, processes, expected",
+    [
+        ({}, 4096, 1, 512),  # 32,768 tokens in sequences of 64
+        ({}, 100, 1, 64),  # a power of two, and no more than there are
+        ({}, 100, 3, 32),  # 34 for the largest share
+        ({}, 1, 1, 1),
+        ({"max_seq_len": 1000}, 512, 1, 32),  # padded to 1,024
+        ({"num_inputs": 2, "max_seq_len": 4096}, 32, 1, 4),
+        ({"max_seq_len": 65536, "block_size": 64}, 32, 1, 1),  # more than the caches hold
+    ],
+)
+def test_a_micro_batch_fits_the_caches(model, batch, processes, expected):
+    device = torch.device("cpu")
+    assert memory.auto_micro_batch(model_config(**model), batch, device, processes) == expected
+
+
+def test_a_micro_batch_fits_the_gpu(monkeypatch):
+    model = model_config()
+    # two residual sums, two norms, q, k, v, output of 16, and 2 x 2 x 16 hidden; by hand
+    widths = 6 * 16 + 5 * 16 + 4 * 16
+    per_example = 4 * 64 * (2 * widths + 4 * widths)
+    assert memory.bytes_per_example(model) == per_example
+    for free, expected in ((21 * per_example, 8), (0, 1), (1 << 40, 1024)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 1 << 40))
+        assert memory.auto_micro_batch(model, 1024, torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("more", [{}, {"num_layers": 6}, {"head_dim": 32}])
+def test_the_estimate_covers_what_a_step_saves(more):
+    """Against the bytes that autograd keeps for the backward pass: never less, nor many times
+    more."""
+    config, storages = model_config(**more), {}
+    model = build_model(config, "reference" if more.get("head_dim") else "auto")
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def saved(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(1, 20, (8, 64))
+    masks = torch.ones(config.num_layers, 4, 4, dtype=torch.bool)
+    model.enter_sparse_phase(masks.tril())
+    with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+        model(ids, dropout_key=DropoutKey(0, 0, 0)).logits.sum()
+    _, estimated = memory.estimate_bytes(config, 0, 8)
+    assert sum(storages.values()) < estimated < 8 * sum(storages.values())
+
+
+def test_what_the_criterion_remembers(fresh):
+    """To the byte, against a checkpoint of 25 dense steps."""
+    assert tiny.train(fresh, "--stop_after", "25", "--sk", "1e6") == 0
+    training = load_checkpoint(tiny.checkpoints(fresh) / "sat.last.model").training
+    held = [training["criterion"]["previous"]] * 2  # and this step's, of the same shape
+    for name in ("pooled", "masks", "best"):
+        assert len(training["observer"][name]) == 20
+        held += training["observer"][name]
+    assert sum(x.numel() * x.element_size() for x in held) == memory.criterion_bytes(
+        model_config(), 4
+    )
+
+
+def test_peak_and_kept_memory():
+    """What is freed stays with the process, once asked for, and the peak has seen it."""
+    program = """
+import torch
+from training import memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+def cycle():
+    torch.ones(50_000_000)  # 200 MB
+    return resident()
+before, device = resident(), torch.device("cpu")
+assert cycle() < before + 50e6
+assert before + 190e6 < memory.peak_bytes(device) < before + 300e6
+memory.keep_freed_memory()
+assert cycle() > before + 190e6
+"""
+    if sys.platform != "linux":
+        pytest.skip("glibc alone has the switch")
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_bytes_for_people():
+    said = [memory.human(count) for count in (0, 999, 1e3, 12_345_678, 2.4e9, 5e12)]
+    assert said == ["0 B", "999 B", "1 kB", "12 MB", "2.40 GB", "5000.00 GB"]
 
 
 # ---- fp16 --------------------------------------------------------------------------

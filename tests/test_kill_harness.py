@@ -535,7 +535,10 @@ def end_often(server, data_dir, tmp_path, moments, rng):
             curves_ = {k: v for k, v in expected["curves"].items() if k != "transition"}
             wanted = {**expected, "curves": curves_}
         else:
-            assert pictures <= {path.name for path in paths.log.parent.iterdir()} or not server.drawing
+            assert (
+                pictures <= {path.name for path in paths.log.parent.iterdir()}
+                or not server.drawing
+            )
         assert_same_results(found, wanted)
         left = [p for p in output_dir.rglob("*") if p.name.endswith((".saving", ".tmp"))]
         assert left == []

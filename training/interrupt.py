@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from typing import Any
 
 
@@ -20,7 +21,10 @@ class StopSignal:
 
     def install(self) -> None:
         """Takes over SIGINT, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (a cluster's warning
-        before SIGTERM), until `remove`; not what is ignored, as by nohup."""
+        before SIGTERM), until `remove`; not what is ignored, as by nohup. Python hears signals in
+        its main thread alone: elsewhere (a notebook's, a test's) nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)
             if number is None or signal.getsignal(number) is signal.SIG_IGN:

@@ -20,7 +20,6 @@ from training.data.examples import Dataset
 from training.distributed import PeerLostError
 from training.errors import TrainingFailed, UserError
 from training.options import interrupted_early
-from training.recording.log import say
 from training.settings import TaskConfig
 
 DEFAULT_DATA = shell.ROOT / "data" / "lra_processed"
@@ -81,17 +80,18 @@ def _torchrun(numbers: Mapping[str, int], environment: Mapping[str, str]) -> tup
 def guarded(job: Callable[[], int]) -> int:
     """Runs `job`; what its user can mend, and what may happen to any run, ends in one sentence and
     an exit code. Our own mistakes keep their traceback."""
+    shell.prepare_streams()
     try:
         return job()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        shell.say(f"error: {error}", sys.stderr)
         return 2
     except (TrainingFailed, PeerLostError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        shell.say(f"error: {error}", sys.stderr)
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        shell.say(f"error: {where}{error.strerror or error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return interrupted_early()
@@ -104,7 +104,9 @@ def check_text(arguments: Sequence[str]) -> None:
             word.encode()
         except UnicodeEncodeError:
             given = " ".join(arguments[max(0, place - 1) : place + 1])
-            raise UserError(f"{given!a} is not UTF-8: choose another name") from None
+            raise UserError(
+                f"{given!a} is not UTF-8, or the locale is not: choose another name"
+            ) from None
 
 
 # ---- what arguments stand for ------------------------------------------------------
@@ -227,7 +229,7 @@ def open_split(
         num_inputs=model.num_inputs,
         expected_size=about.get(split),
         # at once, not with the log's first lines: converting a large pickle takes a while
-        notify=say if launch.rank == 0 else lambda text: None,
+        notify=shell.say if launch.rank == 0 else lambda text: None,
     )
 
 

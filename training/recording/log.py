@@ -13,20 +13,15 @@ import os
 import sys
 import threading
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from training import memory, shell
 from training.errors import UserError
 from training.recording import files
 
 COMPARED = ("val/accu", "test/accuracy", "test/loss")  # scalars beside the hyperparameters
-
-
-def say(text: str) -> None:
-    """Prints a line. A closed terminal or pipe must not end training, whose log file has every
-    line."""
-    with contextlib.suppress(BrokenPipeError):
-        print(text, flush=True)
 
 
 class NullLog:
@@ -104,16 +99,18 @@ class RunLog(NullLog):
             if resume_step is not None:
                 drop_events_beyond(metrics_path, resume_step)
             self._metrics = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115
-        self._tensorboard = None
+        self._tensorboard: Any = None
+        self._bar: Any = None
+        self._curves = tensorboard_dir
         if tensorboard_dir is not None:
             purge = None
             if resume_step is not None and resume_position is not None:
                 drop_curves_beyond(tensorboard_dir, resume_position)
                 purge = resume_step + 1  # for a tensorboard that has read what was dropped
-            self._tensorboard = import_tensorboard().SummaryWriter(
-                str(tensorboard_dir), purge_step=purge
-            )
-        self._bar = None
+            with self._decoration():
+                self._tensorboard = import_tensorboard().SummaryWriter(
+                    str(tensorboard_dir), purge_step=purge
+                )
         if total_steps and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -125,13 +122,34 @@ class RunLog(NullLog):
                 bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{remaining}] {desc}",
             )
 
+    @contextlib.contextmanager
+    def _decoration(self) -> Iterator[None]:
+        """TensorBoard may fail, training may not; but where memory ends, the run ends, to be
+        resumed with all its curves."""
+        try:
+            yield
+        except Exception as error:
+            if memory.is_exhausted(error):
+                raise
+            self._tensorboard = None
+            self.line(
+                f"TensorBoard's curves end here ({type(error).__name__}: {error}); every number "
+                f"is in metrics.jsonl"
+            )
+
     def line(self, text: str = "") -> None:
         if self._bar is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._bar.write(text, file=sys.stdout)
-        else:
-            say(text)
+            self._on_bar(lambda bar: bar.clear())
+        shell.say(text)
+        while shell.lost:
+            self.note(f"the console takes no more lines: {shell.lost.pop()}")
         self.note(text)
+
+    def _on_bar(self, act: Callable[[Any], Any]) -> None:
+        try:
+            act(self._bar)
+        except (OSError, ValueError):  # the terminal is gone
+            self._bar = None
 
     def note(self, text: str) -> None:
         if self._log is not None:
@@ -144,13 +162,15 @@ class RunLog(NullLog):
             self._metrics.flush()
 
     def scalars(self, step: int, values: dict[str, float | None]) -> None:
-        if self._tensorboard is not None:
+        with self._decoration():
             for tag, value in values.items():
-                if value is not None:
+                if value is not None and self._tensorboard is not None:
                     self._tensorboard.add_scalar(tag, value, step)
 
     def hparams(self, values: dict[str, Any], ended: bool = False) -> None:
-        if self._tensorboard is not None:
+        if self._tensorboard is None:
+            return
+        with self._decoration():
             from torch.utils.tensorboard.summary import hparams
 
             known = {
@@ -163,28 +183,29 @@ class RunLog(NullLog):
                 self._tensorboard.file_writer.add_summary(summary)
 
     def image(self, step: int, tag: str, pixels: Any) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.add_image(tag, pixels, step, dataformats="HWC")
+        with self._decoration():
+            if self._tensorboard is not None:
+                self._tensorboard.add_image(tag, pixels, step, dataformats="HWC")
 
     def progress(self, step: int, text: str) -> None:
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._on_bar(lambda bar: bar.update(step - bar.n))
 
     def sync(self) -> dict[str, int]:
         if self._metrics is not None:
             files.sync(self._metrics, self._metrics.name)
-        position = {}
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
-            for path in _curve_files(Path(self._tensorboard.log_dir)):
-                position[path.name] = path.stat().st_size
-        return position
+        if self._curves is None:
+            return {}
+        with self._decoration():
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
+        return {path.name: path.stat().st_size for path in _curve_files(self._curves)}
 
     def close(self) -> None:
         for sink in (self._bar, self._tensorboard, self._metrics, self._log):
             # what is on a full disk's wrong side has been reported when it was written
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 if sink is not None:
                     sink.close()
 

@@ -102,10 +102,12 @@ class Attention(nn.Module):
                 value,
                 self.layout,
                 key_padding_mask=key_padding_mask,
+                return_lse=probed,
                 backend=self.backend,
             )
             if probed:
-                statistics = self._probe(query, key, value, out, key_padding_mask)
+                out, lse = out
+                statistics = self._probe(query, key, value, out, lse, key_padding_mask)
         else:
             out = kernels.dense_attention(
                 query, key, value, key_padding_mask=key_padding_mask, backend=self.backend
@@ -128,21 +130,29 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def _probe(
-        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
     ) -> AttentionProbe:
+        """out, lse: of sparse attention, the logarithm of its denominators."""
         assert self.layout is not None
         given: dict[str, Any] = {"key_padding_mask": mask, "backend": self.backend}
-        dense = kernels.dense_attention(query, key, value, **given)
+        dense, dense_lse = kernels.dense_attention(query, key, value, return_lse=True, **given)
         pooled = kernels.attention_statistics(
-            query, key, block_size=self.block_size, full=False, **given
+            query, key, block_size=self.block_size, full=False, lse=dense_lse, **given
         ).pooled_real
-        # attention to ones gives the sum of a row's probabilities: what real values get
-        ones = torch.ones_like(value)
-        used = kernels.block_sparse_attention(query, key, ones, self.layout, **given)[..., 0]
-        of_rows, dense, error = used.double().mean(1), dense.float(), out.float() - dense.float()
+        # each pruned score has added exp(0) to the denominator
+        pruned = (~self.layout.block_mask).sum(1).repeat_interleave(self.block_size)
+        rest = pruned * (self.block_size * (-lse.double()).exp())
+        of_rows = (1 - rest).masked_fill_(lse.isinf(), 0.0).mean(1)
+        error = out.float() - dense.float()
         if mask is not None:
             of_rows = of_rows * real_row_weights(mask)
-            dense, error = (x.mul_(mask[:, None, :, None]) for x in (dense, error))
+            dense, error = (x * mask[:, None, :, None] for x in (dense, error))
         return AttentionProbe(
             pooled_real=pooled,
             used_mass=of_rows.mean(),

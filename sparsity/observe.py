@@ -170,6 +170,15 @@ def numbers(values: Tensor) -> list[float | None]:
 # ---- from step to step -------------------------------------------------------------
 
 
+def _mean(recent: deque[Tensor]) -> Tensor | None:
+    if not recent:
+        return None
+    total = torch.zeros_like(recent[0], dtype=torch.float64)
+    for one in recent:
+        total += one
+    return total / len(recent)
+
+
 @dataclass
 class Observation:
     """What patterns and criteria may look at after a dense step."""
@@ -178,7 +187,8 @@ class Observation:
     pooled: Tensor | None = None  # [L, nb, nb], of this step's whole batch
     mean_attention: Tensor | None = None  # [L, groups, N, N] fp32, only where it is asked for
     smoothed: Tensor | None = None  # [L, nb, nb], mean of pooled over the last WINDOW dense steps
-    uniform: Tensor | None = None  # [nb, nb], see uniform_attention; None: nothing is padded
+    # [nb, nb], see uniform_attention, smoothed as `smoothed` is; None: nothing is padded
+    uniform: Tensor | None = None
     initial_scores: Tensor | None = None  # pattern_scores before the first step
     given: Tensor | None = None  # bool [L, nb, nb], masks of the user
     step: int = 0  # completed steps
@@ -202,28 +212,30 @@ class Observer:
         self._best: deque[Tensor] = deque(maxlen=WINDOW)
         self._captures: deque[list[float | None]] = deque(maxlen=WINDOW)
         self._start: list[list[float]] = []  # lift of the best blocks in the first WINDOW steps
-        self.uniform: Tensor | None = None  # of the last step
+        self._uniform: deque[Tensor] = deque(maxlen=WINDOW)  # fp32; empty: nothing is padded
 
     @property
     def smoothed(self) -> Tensor | None:
         """Mean of the pooled attention over the last WINDOW dense steps, float64 [L, nb, nb]."""
-        if not self._pooled:
-            return None
-        total = torch.zeros_like(self._pooled[0], dtype=torch.float64)
-        for pooled in self._pooled:
-            total += pooled
-        return total / len(self._pooled)
+        return _mean(self._pooled)
+
+    @property
+    def uniform(self) -> Tensor | None:
+        """The same of what it would be were attention uniform; None where nothing is padded."""
+        return _mean(self._uniform)
 
     def observe(self, observation: Observation) -> None:
-        """Fills in `smoothed` and `values`, once a dense step."""
+        """Fills in `smoothed` and `values`, smooths `uniform` too, once a dense step."""
         assert observation.pooled is not None
         self._pooled.append(observation.pooled.float())
-        smoothed = observation.smoothed = self.smoothed
+        if observation.uniform is not None:
+            self._uniform.append(observation.uniform.float())
+        smoothed, observation.uniform = self.smoothed, self.uniform
+        observation.smoothed = smoothed
         assert smoothed is not None
         masks = self._masks[-1] if self._masks and not self._moves else self._choose(observation)
         values = describe_masks(smoothed, masks, observation.uniform)
         undefined: list[float | None] = [None] * len(masks)
-        self.uniform = observation.uniform
         values |= {"concentration": self._concentration(values)}
         values |= dict.fromkeys(
             ("agreement", "agreement_1", "capture", "capture_before"), undefined
@@ -251,7 +263,7 @@ class Observer:
         start = [sum(layer) / WINDOW for layer in zip(*self._start, strict=True)]
         return [now / then if then else None for now, then in zip(levels, start, strict=True)]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, list]:
         """What a resumed run needs to go on as if it had never stopped."""
         return {
             "pooled": list(self._pooled),
@@ -259,7 +271,7 @@ class Observer:
             "best": list(self._best),
             "captures": list(self._captures),
             "start": self._start,
-            "uniform": self.uniform,
+            "uniform": list(self._uniform),
         }
 
     def load_state_dict(
@@ -268,7 +280,7 @@ class Observer:
         """Inverse of `state_dict`. What depends on another pattern or on another number of blocks
         is left behind, and undefined until WINDOW steps have been seen."""
         self._pooled.extend(state["pooled"])
-        self.uniform = state["uniform"]
+        self._uniform.extend(state["uniform"])
         if same_count:
             self._start = [list(levels) for levels in state["start"]]
             self._best.extend(state["best"])

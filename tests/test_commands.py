@@ -206,28 +206,28 @@ def test_the_picture_shows_attention_scores_and_kept_blocks(fresh, monkeypatch):
     assert len(panels) == 6  # of each of two layers: attention, scores, kept
 
     def seen(axis, row, column):
-        x, y = axis.transData.transform((column + 0.5, row + 0.5))
+        x, y = axis.transData.transform((column, row))
         return pixels[len(pixels) - 1 - int(y), int(x)].tolist()
 
     for layer, (attention, scores, mask) in enumerate(zip(*[iter(panels)] * 3, strict=True)):
         color = [int(figures.COLORS[layer][i : i + 2], 16) for i in (1, 3, 5)]
         for row, column in np.ndindex(4, 4):
             here = color if masks[layer, row, column] else [255, 255, 255]
-            assert seen(mask, row, column) == pytest.approx(here, abs=2)
-        assert scores.images[0].get_array() == pytest.approx(
-            np.array(event["pattern_scores"][layer]), rel=0.01
-        )
+            assert seen(mask, row + 0.5, column + 0.5) == pytest.approx(here, abs=2)
+        chosen_by = np.array(event["pattern_scores"][layer])
+        assert np.allclose(scores.images[0].get_array(), chosen_by, rtol=0.01)
         # rows of probabilities over 64 keys
         rows = (10 ** attention.images[0].get_array()).sum(1)
-        assert rows == pytest.approx(np.ones(64), abs=1e-3)
+        assert np.allclose(rows, 1, atol=1e-3)
         for panel in (attention, scores):
             image = panel.images[0]
-            step = image.get_array().shape[0] // 4
+            cells = image.get_array().shape[0] // 4  # along a block
             for row, column in np.ndindex(4, 4):
-                x, y = (column + 0.5) * step, (row + 0.5) * step
-                value = image.get_array()[int(y), int(x)]
-                here = [255 * part for part in image.cmap(image.norm(value))[:3]]
-                assert seen(panel, row, column) == pytest.approx(here, abs=2)
+                y, x = row * cells + cells // 2, column * cells + cells // 2
+                here = [255 * part for part in image.cmap(image.norm(image.get_array()[y, x]))]
+                assert seen(panel, (y + 0.5) / cells, (x + 0.5) / cells) == pytest.approx(
+                    here[:3], abs=2
+                )
 
 
 def test_tensorboard_has_the_published_scalars(finished):

@@ -202,11 +202,11 @@ def test_what_the_criterion_remembers(fresh):
     assert tiny.train(fresh, "--stop_after", "25", "--sk", "1e6") == 0
     training = load_checkpoint(tiny.checkpoints(fresh) / "sat.last.model").training
     held = [training["criterion"]["previous"]] * 2  # and this step's, of the same shape
-    for name in ("pooled", "masks", "best"):
+    for name in ("pooled", "masks", "best", "uniform"):
         assert len(training["observer"][name]) == 20
         held += training["observer"][name]
     assert sum(x.numel() * x.element_size() for x in held) == memory.criterion_bytes(
-        model_config(), 4
+        model_config(key_padding=True), 4
     )
 
 

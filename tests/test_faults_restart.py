@@ -1,5 +1,6 @@
 """What a restart meets: files of others, another pickle, a command typed somewhere else."""
 
+import copy
 import hashlib
 import os
 import pickle
@@ -117,6 +118,31 @@ def test_a_run_killed_at_its_start_can_be_resumed(fresh, capsys):
     assert "sat.last.model" in error
     assert tiny.train(fresh, "--resume") == 0
     assert "resumed at step 0" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(fresh, capsys):
+    """It lacks something that a resume reads, whatever it is."""
+    assert tiny.train(fresh, "--stop_after", "5") == 0
+    path = tiny.checkpoints(fresh) / "sat.last.model"
+    whole = torch.load(path)
+    parts = [(key,) for key in whole["training"]]
+    parts += [("observer", key) for key in whole["training"]["observer"]]
+    for part in parts:
+        content = copy.deepcopy(whole)
+        inner = content["training"]
+        for key in part[:-1]:
+            inner = inner[key]
+        del inner[part[-1]]
+        torch.save(content, path)
+        before = contents(fresh / "out")
+        capsys.readouterr()
+        if part[-1] == "examples_seen":  # for people
+            continue
+        for more in (["--resume"], ["--fork", str(path), "--name", "fork"]):
+            refused(tiny.train(fresh, *more), capsys, "older version", "sat.last.model")
+        assert contents(fresh / "out") == before
+    torch.save(whole, path)
+    assert tiny.train(fresh, "--resume", "--stop_after", "6") == 0
 
 
 # ---- another pickle ----------------------------------------------------------------

@@ -148,6 +148,37 @@ def test_smoothed_is_the_mean_over_the_last_steps():
             assert values["agreement"] == values["capture"] == [None, None]
 
 
+def test_chance_is_smoothed_as_the_attention_is():
+    """Batches that are padded differently: lift is that of the means, in float64 by hand, where
+    one step's chance alone would make it jump."""
+    random = torch.Generator().manual_seed(0)
+    masks = random_masks(kept=NB)
+    observer = Observer(lambda observation: masks, False)
+    pooled, uniform, lifts, jumps = [], [], [], []
+    for _ in range(45):
+        real = torch.rand(2, NB * BS, generator=random) < torch.rand(1, generator=random)
+        real[:, 0] = True
+        uniform.append(uniform_attention(real, BS))
+        # attention that is uniform but for a little more in the first block
+        pooled.append(uniform[-1].expand(2, -1, -1).clone())
+        pooled[-1][:, 0, 0] += 0.01
+        observation = Observation(torch.zeros(2, NB, NB), pooled[-1], uniform=uniform[-1])
+        observer.observe(observation)
+        mean, chance = (torch.stack(x[-20:]).double().mean(0) for x in (pooled, uniform))
+        kept = (mean * masks).sum((1, 2)) / mean.sum((1, 2))
+        by_chance = (chance * masks).sum((1, 2)) / chance.sum()
+        assert observation.values["chance_mass"] == pytest.approx(by_chance.tolist(), rel=1e-6)
+        assert observation.values["lift"] == pytest.approx((kept / by_chance).tolist(), rel=1e-6)
+        assert torch.allclose(observation.uniform, chance, rtol=1e-6)  # what the transition says
+        lifts.append(max(observation.values["lift"]))
+        of_step = (uniform[-1] * masks).sum((1, 2)) / uniform[-1].sum()
+        jumps.append((kept / of_step).max().item())
+    assert max(lifts[20:]) / min(lifts[20:]) < 1.2 < max(jumps[20:]) / min(jumps[20:])
+    other = Observer(lambda observation: masks, False)
+    other.load_state_dict(observer.state_dict())
+    assert torch.equal(other.uniform, observer.uniform)
+
+
 def test_what_concentrated_looks_at_does_not_depend_on_the_pattern():
     random = random_masks(kept=NB)
     observers = [Observer(choose, True), Observer(lambda observation: random, False)]

@@ -211,6 +211,13 @@ def evaluate_and_keep_best(run: Run, final: bool) -> bool:
 
 # ---- what a run leaves behind ------------------------------------------------------
 
+# of `TrainState.training`; checkpoints of older versions lack some of it
+RESUMED_FROM = {
+    *("log", "optimizer", "scaler", "criterion", "observer", "transition_step", "phase_index"),
+    *("phase_began", "best_step", "evaluations_since_best", "unfinished", "skipped_in_a_row"),
+    *("seconds", "rng_state", "resolved"),
+}
+
 
 def best_state(run: Run) -> TrainState:
     """What suffices to evaluate the model."""
@@ -252,6 +259,7 @@ def save_last(run: Run) -> None:
         "rng_state": torch.get_rng_state(),
         "resolved": provenance.resolved_settings(run),
     }
+    assert state.training.keys() >= RESUMED_FROM
     save_checkpoint(run.paths.last, state, keep_previous=True)
     provenance.record(run)
 

@@ -60,8 +60,9 @@ def keep_freed_memory() -> None:
 
 def criterion_bytes(model: ModelConfig, groups: int) -> int:
     """This step's and the previous step's mean attention, [L, groups, N, N] fp32 each, and what is
-    remembered of 20 steps: pooled attention in fp32 and two masks."""
-    remembered = 20 * (4 + 2) * model.num_layers * model.num_blocks**2
+    remembered of 20 steps: pooled attention in fp32, two masks, uniform attention in fp32."""
+    a_block = (4 + 2) * model.num_layers + 4 * model.key_padding
+    remembered = 20 * a_block * model.num_blocks**2
     return 2 * 4 * model.num_layers * groups * model.padded_length**2 + remembered
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sparsity.observe import Observer
 from training import loop, memory
 from training.commands.dry_run import dry_run, made_up_data
 from training.commands.evaluate import model_of, timed_test
@@ -300,7 +301,9 @@ def _check_run(state: TrainState, path: Path | str, task: str, args: argparse.Na
     """Refuses a checkpoint that this task and seed cannot go on from."""
     if state.training is None:
         raise UserError(f"{path} holds a model to evaluate, not a run to go on with")
-    if "observer" not in state.training:
+    observed = Observer(lambda _: torch.empty(0), True).state_dict().keys()
+    lacks = loop.RESUMED_FROM - state.training.keys()
+    if lacks or (state.phase == "dense" and state.training["observer"].keys() != observed):
         raise UserError(
             f"{path} was written by an older version, whose runs this one cannot resume"
         )

@@ -14,17 +14,19 @@ in their order.
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
+from checkout import copy_checkout
 
 import main_inference
 import main_learnable_skewness
 from config import Config
+from sparsity import criteria, patterns
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "data" / "README.md"])
@@ -65,18 +67,7 @@ def test_most_pages_have_something_that_runs():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the tracked files with the compiled kernels."""
-    copy = tmp_path / "checkout"
-    files = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
-    ).stdout.split("\0")
-    for file in filter(None, files):
-        if (ROOT / file).exists():
-            (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / file, copy / file)
-    for library in (ROOT / "kernels").glob("*.so"):
-        shutil.copy2(library, copy / "kernels")
-    return copy
+    return copy_checkout(tmp_path / "checkout")
 
 
 def write_pictures(folder: Path) -> None:
@@ -185,3 +176,25 @@ def test_every_field_with_its_value_in_every_task(page):
             assert cells[field][0][0] == values[0], field
         else:
             assert cells[field][1] == values, field
+
+
+# ---- examples of code --------------------------------------------------------------
+
+
+def test_the_pattern_and_the_criterion_of_the_page_for_contributors(tmp_path, monkeypatch, capsys):
+    """Each python block stands in a file of sparsity/, as the page says; a run takes both."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    columns, heavy = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    for module, table, key, body in (
+        (patterns, "PATTERNS", "columns", columns),
+        (criteria, "CRITERIA", "heavy", heavy),
+    ):
+        added = {**vars(module), table: {}}
+        exec(body, added)
+        monkeypatch.setitem(getattr(module, table), key, added[table][key])
+    tiny.write_data(tmp_path / "data")
+    given = ["--pattern", "columns", "--transition_when", "heavy", "--max_dense_steps", "20"]
+    assert tiny.train(tmp_path, *given) == 0
+    said = capsys.readouterr().out
+    assert "blocks: columns (columns that receive most attention), 4 of 16 a layer" in said
+    assert "transition to sparse attention after step" in said

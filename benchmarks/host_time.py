@@ -1,4 +1,4 @@
-"""What a call of block_sparse_attention costs beside its arithmetic, forward and backward.
+"""What a call of block_sparse_attention costs besides its arithmetic, forward and backward.
 
 At N 64 the arithmetic is a few microseconds, so the time is the host's: checks, choice of the
 backend, autograd, the call. Unless `--real` is given, the library's functions do nothing, so

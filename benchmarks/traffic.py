@@ -48,7 +48,7 @@ NO_KERNEL = (  # operators that are no views and launch nothing
     *("aten.lift_fresh", "aten.result_type", "aten.is_pinned", "aten.randint", "profiler."),
 )
 OVERWRITES = ("aten.zero_.", "aten.fill_.", "aten.copy_.", "aten._foreach_zero_.")
-MORE_LAUNCHES = {  # beside the first
+MORE_LAUNCHES = {  # besides the first
     "aten.native_layer_norm_backward": 1,  # input's gradient; weight's and bias's
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": 2,  # sums, gradients, rounding
     "aten.embedding_dense_backward": 5,  # sort, counts, sums

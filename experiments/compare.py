@@ -87,7 +87,9 @@ def draw(runs: list[dict], path: Path) -> None:
     curves.set_xlabel("step")
     curves.set_ylabel("accuracy")
     curves.set_ylim(0, 1.03)
-    curves.legend(loc="center right", frameon=False)
+    # above the curves, which may be anywhere below
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    curves.legend(**place, ncols=len(runs), frameon=False)
     figure.savefig(path, dpi=200)  # text is legible at half of this size, 700 pixels
     plt.close(figure)
 

@@ -196,7 +196,7 @@ def run_all(
             process.send_signal(number)
 
     environment = dict(os.environ)
-    if jobs > 1:  # runs beside each other share the processors
+    if jobs > 1:  # runs at the same time share the processors
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     code, waiting = 0, list(enumerate(trials, 1))
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}

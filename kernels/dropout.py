@@ -24,7 +24,7 @@ LANES = 16  # 32-bit words of a hash block; each serves two elements, LANES apar
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """What a dropout mask depends on beside its site and the element.
+    """What a dropout mask depends on besides its site and the element.
 
     seed: the run's; step: completed steps of the run; first_example: position of this
     (micro-)batch's first example in the global batch.

@@ -1,4 +1,4 @@
-"""The step's operations beside attention: dropout with its neighbours, layer norm, GELU, linear.
+"""The step's operations besides attention: dropout with its neighbours, layer norm, GELU, linear.
 
 Once attention is sparse, most of a training step on a CPU is spent here. Compiled, each function
 below is one pass over memory where plain PyTorch makes three to six. What follows the call of a

@@ -207,7 +207,7 @@ def _meet(store: dist.Store, rank: int, size: int) -> str:
 
     torchrun keeps one store over all restarts, and under the same keys a process would find the
     addresses of its dead predecessors. So each draws a word, and the first process sends every
-    other one its own word back, which no predecessor can have, beside the name.
+    other one its own word back, which no predecessor can have, together with the name.
     """
     word = secrets.token_hex(8)
     store.set(f"hello/{rank}", word)

@@ -10,7 +10,7 @@ import torch
 
 from models.config import ModelConfig
 
-# On a CPU a micro-batch costs 2 to 3 ms beside its products, and one that leaves the caches costs
+# On a CPU a micro-batch costs 2 to 3 ms besides its products, and one that leaves the caches costs
 # bandwidth: 32 sequences of 1,024 tokens were the best of 8 to 64, dense and sparse, fp32 and
 # bf16, on two cores with 32 MiB (docs/benchmarks.md)
 CPU_TOKENS = 32768

@@ -1,4 +1,4 @@
-"""Looks at attention beside the training step: pooled over a batch, and what sparse attention
+"""Looks at attention outside the training step: pooled over a batch, and what sparse attention
 leaves out. Without gradient and dropout; a step's bits do not change.
 """
 

@@ -26,7 +26,7 @@ from training.settings import TaskConfig
 
 @dataclass
 class RunOptions:
-    """What the command line decides beside the configuration, and may change on resume."""
+    """What the command line decides besides the configuration, and may change on resume."""
 
     stop_after: int | None = None  # a cut through the full schedule, to be resumed
     micro_batch_size: int = 16

@@ -91,7 +91,7 @@ class SparsityConfig:
     densities: tuple | None = None  # falling, of as many sparse phases; the last is model.density
     phase_steps: int | None = None  # of each sparse phase but the last
     reselect_every: int | None = None  # sparse steps between two choices of blocks
-    probe_every: int | None = None  # sparse steps between two probes, beside those of evaluations
+    probe_every: int | None = None  # sparse steps between two probes, besides those of evaluations
 
     def __post_init__(self) -> None:
         for option, name, known in (

@@ -28,7 +28,7 @@ SKIPPED_AT_MOST = 20
 
 @dataclass(frozen=True)
 class _Sums:
-    """What the micro-batches of one process have come to, beside their gradients."""
+    """What the micro-batches of one process have added up, besides their gradients."""
 
     totals: Tensor  # loss, correct answers, attention loss: summed on the device, read once
     pooled: Pooled | None

@@ -72,7 +72,7 @@ FLAGS = {
 
 # on resume: they change no number of a step
 CHANGEABLE = {"training.save_seconds", "sparsity.probe_every", "run.patience"}
-# in a fork, beside everything of sparsity: what matters from the transition on only
+# in a fork, besides all sparsity settings: what matters from the transition on only
 FORKABLE = {"training.skewness", "training.distance", "model.density"}
 
 
@@ -163,7 +163,7 @@ def train_run(
             paths.log,
             metrics_path=paths.metrics,
             tensorboard_dir=paths.tensorboard,
-            total_steps=config.training.num_train_steps,
+            total_steps=config.training.num_train_steps if launch.redraws else 0,
             resume_step=resume_step,
             resume_position=resume_position,
         )

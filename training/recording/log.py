@@ -21,7 +21,7 @@ from training import memory, shell
 from training.errors import UserError
 from training.recording import files
 
-COMPARED = ("val/accu", "test/accuracy", "test/loss")  # scalars beside the hyperparameters
+COMPARED = ("val/accu", "test/accuracy", "test/loss")  # scalars shown with the hyperparameters
 
 
 class NullLog:

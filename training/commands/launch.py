@@ -27,13 +27,15 @@ DEFAULT_DATA = shell.ROOT / "data" / "lra_processed"
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place among those torchrun started."""
+    """What the environment says: this process's place among those torchrun started, and whether
+    its terminal can redraw a line."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     restarts: int = 0  # how often torchrun has started the job anew
     torchrun: tuple[str, ...] = ()  # the words that start such a job
+    redraws: bool = True
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
@@ -62,6 +64,7 @@ class Launch:
             numbers["LOCAL_RANK"],
             numbers["TORCHELASTIC_RESTART_COUNT"],
             _torchrun(numbers, environment) if size > 1 else (),
+            redraws=environment.get("TERM") != "dumb",
         )
 
 

@@ -4,13 +4,16 @@ other versions of the libraries.
 The slow tests install packages from the network; each says how long it takes on two cores.
 """
 
+import fcntl
 import os
 import pty
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,7 @@ def test_compile_sh_in_such_a_folder(tmp_path):
 def on_a_terminal(command: list[str], **environment: str) -> str:
     """What a command writes to a terminal of its own."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen(
         command,
         cwd=ROOT,

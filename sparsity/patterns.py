@@ -26,12 +26,14 @@ class Pattern:
     needs: "attention", it looks at the attention; "training", at scores that the dense phase
         trains; None, at neither: its choice never changes and needs no dense phase.
     own_count: keeps as many blocks as it likes, whatever the density.
+    least: the blocks it needs, of nb a row.
     """
 
     choose: Callable[[Any, int, int], Tensor]
     description: str
     needs: str | None = None
     own_count: bool = False
+    least: Callable[[int], int] = lambda num_blocks: 1
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -86,6 +88,57 @@ def _band(observation: Any, count: int, seed: int) -> Tensor:
     return largest(-rank.repeat(num_layers, 1, 1), count)
 
 
+def _band_global(observation: Any, count: int, seed: int) -> Tensor:
+    """The diagonal and its two neighbours, then the first row and column, then what is nearest to
+    the diagonal."""
+    import torch
+
+    num_layers, num_blocks, _ = observation.pattern_scores.shape
+    index = torch.arange(num_blocks)
+    rank = (index[None, :] - index[:, None]).abs()
+    rank[rank > 1] += num_blocks
+    rank[0, 2:] = rank[2:, 0] = index[2:]
+    return largest(-rank.repeat(num_layers, 1, 1), count)
+
+
+def _flood_fill(observation: Any, count: int, seed: int) -> Tensor:
+    """Paths of attention: from each block of the first row and column to whichever of its lower,
+    right and lower right neighbours holds most, as long as that holds more than a threshold, which
+    is the lowest that leaves at most `count`; the diagonal is kept too, and what is left of the
+    count goes to the largest blocks."""
+    import torch
+
+    attention = _attention(observation).detach().cpu().double()
+    masks = []
+    for layer in attention:
+        low, high = 0, layer.numel()  # thresholds by their rank among the blocks
+        levels = torch.cat([layer.flatten().sort(descending=True).values, layer.new_tensor([-1])])
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = int(_filled(layer, levels[middle].item()).sum()) <= count
+            low, high = (middle, high) if fits else (low, middle - 1)
+        filled = _filled(layer, levels[low].item())
+        # the diagonal alone may be too much for the density
+        masks.append(largest((layer + filled * (1 + layer.max()))[None], count))
+    return torch.cat(masks)
+
+
+def _filled(attention: Tensor, threshold: float) -> Tensor:
+    import torch
+
+    size = len(attention)
+    values, filled = attention.tolist(), torch.eye(size, dtype=torch.bool)
+    for start in range(size):
+        for row, column in ((0, start), (start, 0)):
+            while row + 1 < size and column + 1 < size:
+                below, right, both = (row + 1, column), (row, column + 1), (row + 1, column + 1)
+                row, column = max((both, below, right), key=lambda at: values[at[0]][at[1]])
+                if values[row][column] <= threshold:
+                    break
+                filled[row, column] = True
+    return filled
+
+
 def _mass(observation: Any, count: int, seed: int) -> Tensor:
     return largest(_attention(observation), count)
 
@@ -128,9 +181,24 @@ PATTERNS = {
     ),
     "random_rows": Pattern(_random_rows, "drawn at random, equally many a row"),
     "untrained": Pattern(_untrained, "the largest scores before training"),
+    "band_global": Pattern(
+        _band_global,
+        "beside the diagonal, and the first row and column",
+        least=lambda num_blocks: 3 * num_blocks - 2,
+    ),
+    "flood_fill": Pattern(_flood_fill, "paths of most attention, after SPION", needs="attention"),
     "all": Pattern(_all, "every block, whatever the density", own_count=True),
     "given": Pattern(_given, "those of the file --masks", own_count=True),
 }
+
+
+def too_few(name: str, num_blocks: int, density: float) -> str:
+    """The sentence about a pattern that the density is too low for."""
+    least = PATTERNS[name].least(num_blocks)
+    return (
+        f"pattern {name} needs {least} of {num_blocks}^2 blocks, a density of at least "
+        f"{least / num_blocks**2:.4f}, not {density:g}"
+    )
 
 
 def select_blocks(name: str, observation: Any, density: float, seed: int = 0) -> Tensor:
@@ -147,8 +215,8 @@ def select_blocks(name: str, observation: Any, density: float, seed: int = 0) ->
     Returns: bool [L, nb, nb] on the CPU, True = kept: floor(density * nb^2) of each layer, unless
         the pattern has a count of its own.
     Raises:
-        ValueError: unknown name, density out of range or too small to keep a block, scores that
-        are not finite, or a pattern that keeps another number.
+        ValueError: unknown name, density out of range or too low for the pattern, scores that are
+        not finite, or a pattern that keeps another number.
     """
     import torch
 
@@ -162,6 +230,8 @@ def select_blocks(name: str, observation: Any, density: float, seed: int = 0) ->
     count = int(scores.shape[1] ** 2 * density)
     if count < 1:
         raise ValueError(f"density {density} keeps none of {scores.shape[1]}^2 blocks")
+    if count < PATTERNS[name].least(scores.shape[1]):
+        raise ValueError(too_few(name, scores.shape[1], density))
     if not torch.isfinite(scores).all():
         raise ValueError("pattern_scores must be finite")
     pattern = PATTERNS[name]

@@ -185,8 +185,11 @@ def test_run_json_holds_facts_and_result(finished):
     assert facts["flops_per_step"]["dense"]["attention"] == 12 * 8 * 2 * 8 * 2 * pairs
     assert facts["flops_per_step"]["sparse"]["attention"] == 12 * 8 * 2 * 8 * 2 * 4 * 256
     linear = 6 * 8 * 64 * 2 * (4 * 16 * 16 + 2 * 16 * 16)
-    sparse = facts["flops_per_step"]["sparse"]
+    dense, sparse = (facts["flops_per_step"][phase] for phase in ("dense", "sparse"))
     assert sparse["step"] - sparse["attention"] == linear
+    # the scores once more: one of the six products
+    assert dense["statistics"] == dense["attention"] / 6 and sparse["statistics"] == 0
+    assert dense["step"] == dense["attention"] + dense["statistics"] + linear
 
 
 def test_the_picture_shows_attention_scores_and_kept_blocks(fresh, monkeypatch):
@@ -372,19 +375,13 @@ def test_the_numbers_of_a_dry_run(tmp_path, capsys, monkeypatch):
     timed = types.SimpleNamespace(perf_counter=lambda: next(clock))
     monkeypatch.setattr(dry_run, "time", timed)
     monkeypatch.setattr(dry_run.memory, "peak_bytes", lambda device: next(peaks))
+    work = {"dense": {"step": 6e12}, "sparse": {"step": 1.2345e12}}
+    monkeypatch.setattr(dry_run.provenance, "flops", lambda model, batch, phase: work[phase])
     assert tiny.train(tmp_path, "--dry_run", "--train_steps", "7200") == 0
     assert phases == ["dense", "dense", "sparse", "sparse"]
     output = capsys.readouterr().out
-    # by hand: B 8, H 2, d 8, L 2, N 64; 4 of 16 blocks; a multiply-add counts as two
-    dense, sparse = 12 * 8 * 2 * 8 * 2 * 64 * 64, 12 * 8 * 2 * 8 * 2 * 4 * 256
-    linear, statistics = 6 * 8 * 64 * 2 * (4 * 16 * 16 + 2 * 16 * 16), dense // 6
-    for phase, ms, work in (
-        ("dense", 2000, dense + statistics + linear),
-        ("sparse", 500, sparse + linear),
-    ):
-        speed = work / ms / 1e6
-        said = f"{phase} step: {ms:,} ms, {work / 1e9:,.1f} GFLOP, {speed:,.1f} GFLOP/s\n"
-        assert said in output
+    assert "dense step: 2,000 ms, 6,000.0 GFLOP, 3,000.0 GFLOP/s\n" in output
+    assert "sparse step: 500 ms, 1,234.5 GFLOP, 2,469.0 GFLOP/s\n" in output
     assert "all 7,200 steps: 60 min sparse, 4.0 h dense; " in output
     assert "peak memory: 750 MB (300 MB before the first step)" in output
 

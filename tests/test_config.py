@@ -166,6 +166,10 @@ def test_unused_fields_are_those_of_the_dict():
         (["run.seed=-1"], r"--random must lie in \[0, 2\^63\), not -1"),
         (["run.precision=fp8"], "--precision must be one of auto, fp32"),
         (["run.patience=0"], "--patience must be at least 1"),
+        (
+            ["sparsity.pattern=band_global", "model.density=0.01"],
+            "--pattern band_global: .* needs 94 of 32.2 blocks, a density of at least 0.0918",
+        ),
         (["sparsity.pattern=3"], "sparsity.pattern must be of type str"),
     ],
 )

@@ -37,6 +37,44 @@ def test_band_is_the_diagonal_then_its_neighbours():
     assert torch.equal(ten, offsets.abs() <= 1)
 
 
+def test_band_global_is_a_band_of_three_then_the_first_row_and_column():
+    scores = torch.zeros(2, 6, 6)
+    offsets = torch.arange(6)[None] - torch.arange(6)[:, None]
+    band = offsets.abs() <= 1
+    assert torch.equal(select_blocks("band_global", Observation(scores), 16 / 36)[1], band)
+    wanted = band.clone()
+    wanted[0], wanted[:, 0] = True, True
+    assert wanted.sum() == 24
+    assert torch.equal(select_blocks("band_global", Observation(scores), 24 / 36)[0], wanted)
+    wider = select_blocks("band_global", Observation(scores), 30 / 36)[0]
+    assert torch.equal(wider, wanted | (offsets.abs() <= 2))
+
+
+def test_flood_fill_follows_paths_of_attention():
+    """By hand: a path from the first row, one from the first column, and a large block that no
+    path reaches, which comes last."""
+    attention = torch.full((1, 6, 6), 0.01, dtype=torch.float64)
+    paths = [(0, 3), (1, 4), (2, 4), (3, 5)], [(2, 0), (3, 1), (4, 2), (5, 2)]
+    for weight, path in zip((0.5, 0.4), paths, strict=True):
+        for place in path:
+            attention[0][place] = weight
+    attention[0, 0, 5] = 0.45  # no neighbour below or right of another block leads there
+    attention[0, 1, 5] = 0.02
+    observation = Observation(torch.zeros(1, 6, 6), pooled=attention)
+
+    def kept(count):
+        return select_blocks("flood_fill", observation, count / 36)[0]
+
+    diagonal = {(i, i) for i in range(6)}
+    first, second = map(set, paths)
+    for count, wanted in ((10, diagonal | first), (14, diagonal | first | second)):
+        assert {tuple(place) for place in kept(count).nonzero().tolist()} == wanted, count
+    assert not kept(14)[0, 5] and kept(15)[0, 5]
+    # fewer blocks than the diagonal has: its largest ones
+    attention[0, 2, 2] = 0.3
+    assert {tuple(place) for place in kept(1).nonzero().tolist()} == {(2, 2)}
+
+
 def test_random_depends_on_seed_and_layer_only():
     observation = Observation(torch.zeros(2, 16, 16))
     one = select_blocks("random", observation, 0.25, 1)
@@ -58,6 +96,10 @@ def observed(num_layers=3, num_blocks=10, seed=0):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_pattern_keeps_the_same_number(name):
     for density, kept in ((0.01, 1), (0.05, 5), (0.1, 10), (0.25, 25), (0.999, 99), (1.0, 100)):
+        if kept < PATTERNS[name].least(10):
+            with pytest.raises(ValueError, match=r"needs 28 of 10\^2 blocks.* 0.2800, not"):
+                select_blocks(name, observed(), density)
+            continue
         masks = select_blocks(name, observed(), density)
         assert masks.dtype == torch.bool and masks.shape == (3, 10, 10)
         if not PATTERNS[name].own_count:

@@ -15,6 +15,7 @@ from typing import Any
 
 from models.config import ModelConfig, checked_fields
 from sparsity import CRITERIA, PATTERNS, Criterion
+from sparsity.patterns import too_few
 from sparsity.phases import Phase, plan
 from training.errors import UserError
 
@@ -195,9 +196,13 @@ class TaskConfig:
                 f"the last of --densities ({densities[-1]:g}) must be model.density "
                 f"({self.model.density:g})"
             )
-        for density in densities or ():
-            if int(self.model.num_blocks**2 * density) < 1:
+        name, num_blocks = self.sparsity.pattern, self.model.num_blocks
+        for density in densities or (self.model.density,):
+            count = int(num_blocks**2 * density)
+            if count < 1:
                 raise UserError(f"--densities: {density:g} keeps no block")
+            if count < PATTERNS[name].least(num_blocks):
+                raise UserError(f"--pattern {name}: {too_few(name, num_blocks, density)}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict, as saved in checkpoints and run.json."""

@@ -260,7 +260,8 @@ def _mark(axes, records: Records) -> None:
         for step in steps:
             axis.axvline(step, color=COLORS[4], lw=1, alpha=0.8)
     if steps:
-        title = f"red: blocks chosen, step {steps[0]}"
+        first = "first after" if len(steps) > 1 else "after"
+        title = f"red: blocks chosen, {first} step {steps[0]}"
         axes[0].set_title(title, fontsize=8, loc="right", color=COLORS[4])
 
 

@@ -318,6 +318,7 @@ def script(kind: str, folder: Path, out: Path, tree: Path) -> float:
     if (tree / "preprocess" / "driver.py").exists():
         sys.argv.append("--allow_partial")
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
+    sys.path.insert(0, str(tree / "preprocess"))
     start = time.perf_counter()
     try:
         runpy.run_path(str(tree / "preprocess" / f"{KINDS[kind].script}.py"), run_name="__main__")

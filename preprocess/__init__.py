@@ -1,5 +1,3 @@
 """Raw data to pickles."""
 
-import training as _training  # says what is missing on Windows
-
-del _training
+import training  # noqa: F401  says what is missing on Windows

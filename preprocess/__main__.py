@@ -5,20 +5,16 @@ import sys
 from preprocess import driver, tasks
 
 
-def summary(name: str) -> str:
-    return tasks.load(name).description.partition("\n")[0].partition(": ")[2]
-
-
 def main(argv: list[str]) -> int:
-    names = "\n".join(f"  {name:16} {summary(name)}" for name in tasks.MODULES)
-    text = f"usage: python -m preprocess TASK [--help]\n\nTASK is one of\n{names}"
-    if argv[:1] in ([], ["-h"], ["--help"]):
-        print(text)
-        return 0 if argv else 2
-    if argv[0] not in tasks.MODULES:
+    if argv and argv[0] in tasks.MODULES:
+        return driver.main(tasks.load(argv[0]), argv[1:])
+    if argv and argv[0] not in ("-h", "--help"):
         print(f"error: {argv[0]} is none of {', '.join(tasks.MODULES)}", file=sys.stderr)
         return 2
-    return driver.main(tasks.load(argv[0]), argv[1:])
+    print("usage: python -m preprocess TASK [--help]\n\nTASK is one of")
+    for name in tasks.MODULES:
+        print(f"  {name:16} {tasks.load(name).description.splitlines()[0].partition(': ')[2]}")
+    return 0 if argv else 2
 
 
 if __name__ == "__main__":

@@ -1,12 +1,6 @@
-"""Makes lra-nature: `python -m preprocess lra-nature --help`."""
+"""Makes lra-nature: `python preprocess/create_inaturalist.py --help`."""
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preprocess import driver
-from preprocess.tasks.nature import TASK
+from script import run
 
 if __name__ == "__main__":
-    sys.exit(driver.main(TASK))
+    run("lra-nature")

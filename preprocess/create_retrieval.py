@@ -1,12 +1,6 @@
-"""Makes lra-retrieval: `python -m preprocess lra-retrieval --help`."""
+"""Makes lra-retrieval: `python preprocess/create_retrieval.py --help`."""
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preprocess import driver
-from preprocess.tasks.retrieval import TASK
+from script import run
 
 if __name__ == "__main__":
-    sys.exit(driver.main(TASK))
+    run("lra-retrieval")

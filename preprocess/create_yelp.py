@@ -1,12 +1,6 @@
-"""Makes lra-yelp1: `python -m preprocess lra-yelp1 --help`."""
+"""Makes lra-yelp1: `python preprocess/create_yelp.py --help`."""
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preprocess import driver
-from preprocess.tasks.yelp import TASK
+from script import run
 
 if __name__ == "__main__":
-    sys.exit(driver.main(TASK))
+    run("lra-yelp1")

@@ -4,17 +4,14 @@
 
 The create scripts call `fetch` themselves. A cut download continues where it stopped. What a
 server sends is compared with what is there already before anything is written, and nothing that
-has arrived is given up before its replacement is known to be the archive. Proxies are taken from
-http_proxy, https_proxy, all_proxy and no_proxy, as everywhere.
+has arrived is given up before its replacement is known to be the archive.
 """
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
-import shutil
 import socket
 import sys
 import tarfile
@@ -24,7 +21,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import urlsplit
 
 import requests
@@ -33,16 +29,14 @@ from tqdm import tqdm
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from preprocess import writer
 from training.errors import UserError
 from training.recording import files
 
 CHUNK = 1 << 20
-# a read waits until this much has come: what a stalled connection had sent of it is lost
-NETWORK_CHUNK = 16 << 10
-# asked for once more when a download goes on, to see that the server has the same file
-OVERLAP = 64 << 10
-# kept free beside what is written: a full disk harms everything else that runs
-DISK_MARGIN = 256 << 20
+NETWORK_CHUNK = 16 << 10  # of this what a stalled connection had sent is lost
+OVERLAP = 64 << 10  # asked for again when a download goes on: does the server have the same file?
+DISK_MARGIN = 256 << 20  # kept free: a full disk harms everything else that runs
 CONNECT = 5.0  # seconds for a name and a connection together
 STALL = 30.0  # seconds without a byte
 RETRIES = 5  # attempts in a row without a new byte
@@ -51,21 +45,13 @@ BACKOFF = 1.0  # seconds before the first of those, doubled each time, at most 6
 
 @dataclass(frozen=True)
 class Archive:
-    """A published archive, a tar or tar.gz.
+    """A published archive, a tar or tar.gz."""
 
-    Attributes:
-        what: its name for people.
-        tasks: who reads it.
-        url: the publishers' address.
-        size: bytes; if no digest is published only about.
-        sha256: as TensorFlow Datasets publishes it; None: nobody does.
-    """
-
-    what: str
-    tasks: tuple[str, ...]
-    url: str
-    size: int
-    sha256: str | None = None
+    what: str  # its name for people
+    tasks: tuple[str, ...]  # who reads it
+    url: str  # the publishers' address
+    size: int  # bytes; if no digest is published only about
+    sha256: str | None = None  # as TensorFlow Datasets publishes it; None: nobody does
 
 
 ARCHIVES = {
@@ -114,10 +100,6 @@ class _NoConnection(_Retry):
     """Neither the server nor the proxy could be reached."""
 
 
-class _Mismatch(_Retry):
-    """The answer does not continue what is on disk: the whole file is asked for next."""
-
-
 def fetch(
     name: str,
     folder: str | os.PathLike,
@@ -126,19 +108,14 @@ def fetch(
     sha256: str | None = None,
     notify: Callable[[str], None] = print,
 ) -> Path:
-    """The archive `name` in `folder`, fetched if it is not there; `folder`/`name`.part holds what
-    has arrived of it.
+    """The path of the archive `name`, a key of ARCHIVES, in `folder`, fetched if it is not there;
+    what has arrived of it is `name`.part.
 
-    Args:
-        name: a key of ARCHIVES.
-        mirror: address of a folder that has the archive under this very name. Its digest is said,
-            not compared: that of the publishers binds their own address.
-        sha256: digest that the file must have, in hex, wherever it is from.
-        notify: gets a line before it starts (what, how large, from where, where to), a line for
-            each fault that may pass, and one with the digest at the end.
-    Returns: the path.
-    Raises: UserError or OSError with one sentence on what is wrong and what to do.
-    """
+    mirror: address of a folder that has the archive under this very name. Its digest is said, not
+        compared: that of the publishers binds their own address.
+    sha256: digest that the file must have, in hex, wherever it is from.
+    notify: gets a line before it starts, one for each fault that may pass, one with the digest.
+    Raises: UserError or OSError with one sentence on what is wrong and what to do."""
     archive, path = ARCHIVES[name], Path(folder) / name
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise UserError("--sha256 takes 64 hexadecimal digits")
@@ -149,18 +126,16 @@ def fetch(
     size = None
     if mirror is None and sha256 is None and archive.sha256 is not None:
         sha256, size = archive.sha256, archive.size
-    about = _bytes(archive.size) if size else f"about {_bytes(archive.size)}"
+    about = f"{'' if size else 'about '}{_bytes(archive.size)}"
     notify(f"fetching {archive.what} ({about}) from {_shown(url)} to {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(_Transfer(url, path, archive, size, notify)) as transfer:
         if path.exists():  # another process has just finished it
             return path
-        _check_disk(path.parent, (size or (archive.size if mirror is None else 0)) - transfer.have)
-        _persist(transfer, notify)
+        transfer.check_disk(archive.size if mirror is None else 0)
+        transfer.persist()
         files.sync(transfer.file, transfer.part)
-        digest = _digest(transfer.part)
-        received = transfer.have
-        wrong = None
+        digest, received, wrong = writer.sha256(transfer.part), transfer.have, None
         if size is not None and received != size:
             wrong = f"has {received:,} bytes, expected {size:,}"
         elif sha256 is not None and digest != sha256.lower():
@@ -169,10 +144,7 @@ def fetch(
         if wrong:
             unverified = path.with_name(name + ".unverified")
             os.replace(transfer.part, unverified)
-            raise UserError(
-                f"what came from {_shown(url)} {wrong}; it is kept as {unverified} for you to "
-                "look at"
-            )
+            raise UserError(f"what came from {_shown(url)} {wrong}; it is kept as {unverified}")
         os.replace(transfer.part, path)
         files.sync_folder(path.parent)
     verified = "as expected" if sha256 else "not verified: no digest is known for this address"
@@ -181,69 +153,30 @@ def fetch(
 
 
 def _check_present(path: Path, archive: Archive, sha256: str | None, notify) -> None:
-    """Whether a file under the final name can be the archive. Raises UserError if not."""
+    """Raises UserError if a file under the final name cannot be the archive."""
     if path.is_dir():
         raise UserError(f"{path} is a folder where {archive.what} should be: move it away")
     with open(path, "rb") as file:
         wrong = _not_an_archive(file.read(NETWORK_CHUNK))
-    if not wrong and sha256 is not None and _digest(path) != sha256.lower():
+    if not wrong and sha256 is not None and writer.sha256(path) != sha256.lower():
         wrong = f"a file without SHA-256 {sha256.lower()}"
     if wrong:
         raise UserError(f"{path} is {wrong}, not {archive.what}: delete it to fetch it again")
     size = path.stat().st_size
     if archive.sha256 is not None and size != archive.size:
-        notify(
-            f"{path} is there already, with {size:,} bytes instead of the {archive.size:,} that "
-            "are published: delete it to fetch it again"
-        )
-
-
-def _persist(transfer: "_Transfer", notify: Callable[[str], None]) -> None:
-    """Attempts until the part is whole. Raises UserError for what does not pass by waiting."""
-    fruitless, reached, begin = 0, False, time.monotonic()
-    while True:
-        before = transfer.have
-        try:
-            transfer.attempt()
-            return
-        except _Retry as fault:
-            fruitless = 0 if transfer.have > before else fruitless + 1
-            reached = reached or not isinstance(fault, _NoConnection)
-            kept = f"{_bytes(transfer.have)} are kept"
-            if not reached and (fruitless > 1 or time.monotonic() - begin > CONNECT / 2):
-                raise UserError(
-                    f"{fault}; without a network, fetch {_shown(transfer.url)} elsewhere and put "
-                    f"it at {transfer.path}"
-                ) from None
-            if fruitless > RETRIES:
-                raise UserError(
-                    f"giving up on {_shown(transfer.url)} after {fruitless} attempts: {fault}; "
-                    f"{kept}, the same command continues there"
-                ) from None
-            wait = min(60.0, BACKOFF * 2 ** max(0, fruitless - 1))
-            notify(f"{fault}; trying again in {wait:g} s ({_bytes(transfer.have)} so far)")
-            time.sleep(wait)
-        except KeyboardInterrupt:
-            notify(
-                f"{_bytes(transfer.have)} are kept in {transfer.part}: the same command goes on"
-            )
-            raise
+        sizes = f"{size:,} bytes instead of the {archive.size:,} that are published"
+        notify(f"{path} is there already, with {sizes}: delete it to fetch it again")
 
 
 class _Transfer:
-    """The requests that fill one part.
-
-    Beside the part lies what is known of it (`info`): address, validator and total. A whole file
-    that turns out to differ from the part is written beside it too (`fresh`) and takes its place
-    once it is the longer one.
-    """
+    """The requests that fill one part. Beside it lies what is known of it (`info`: address,
+    validator, total), and a whole file that comes anew (`fresh`)."""
 
     def __init__(self, url: str, path: Path, archive: Archive, size: int | None, notify):
-        self.url, self.path = url, path
-        self.part = _beside(path, ".part")
-        self.info = _beside(path, ".part.json")
-        self.fresh = _beside(path, ".new")
-        self.what, self.size, self.notify = archive.what, size, notify
+        self.url, self.path, self.size, self.notify = url, path, size, notify
+        names = (path.with_name(path.name + end) for end in (".part", ".part.json", ".new"))
+        self.part, self.info, self.fresh = names
+        self.what = archive.what
         self.whole = False  # ask for all of it: a range did not fit
         self.otherwise = f"--mirror names another address, or put the file at {path}"
         try:
@@ -252,11 +185,39 @@ class _Transfer:
             raise UserError(f"another download is writing {self.part}: wait for it") from None
 
     def close(self) -> None:
+        if not self.have:
+            self.part.unlink(missing_ok=True)
         self.file.close()
 
     @property
     def have(self) -> int:
         return os.fstat(self.file.fileno()).st_size
+
+    def persist(self) -> None:
+        """Attempts until the part is whole. Raises UserError for what does not pass by waiting."""
+        fruitless, reached, begin = 0, False, time.monotonic()
+        while True:
+            before = self.have
+            try:
+                self.attempt()
+                return
+            except _Retry as fault:
+                fruitless = 0 if self.have > before else fruitless + 1
+                reached = reached or not isinstance(fault, _NoConnection)
+                if not reached and (fruitless > 1 or time.monotonic() - begin > CONNECT / 2):
+                    todo = f"fetch {_shown(self.url)} elsewhere and put it at {self.path}"
+                    raise UserError(f"{fault}; without a network, {todo}") from None
+                if fruitless > RETRIES:
+                    gave_up = f"giving up on {_shown(self.url)} after {fruitless} attempts"
+                    kept = f"{_bytes(self.have)} are kept, the same command continues there"
+                    raise UserError(f"{gave_up}: {fault}; {kept}") from None
+                wait = min(60.0, BACKOFF * 2 ** max(0, fruitless - 1))
+                self.notify(f"{fault}; trying again in {wait:g} s ({_bytes(self.have)} so far)")
+                time.sleep(wait)
+            except KeyboardInterrupt:
+                kept = f"{_bytes(self.have)} are kept in {self.part}"
+                self.notify(f"{kept}: the same command goes on")
+                raise
 
     def attempt(self) -> None:
         """One request. Raises _Retry, or UserError for what does not pass by waiting."""
@@ -275,31 +236,33 @@ class _Transfer:
             if wrong is None and self.size is not None and total not in (None, self.size):
                 wrong = f"a file of {total:,} bytes ({self.size:,} are published)"
             if wrong is not None:
-                raise UserError(
-                    f"{_shown(response.url)} is {wrong}, not {self.what}: {self.otherwise}"
-                )
-            _check_disk(self.path.parent, (total or self.have) - self.have)
+                where = _shown(response.url)
+                raise UserError(f"{where} is {wrong}, not {self.what}: {self.otherwise}")
+            self.check_disk(total or 0)
             self._receive(response, chunk, start, total)
 
     def _placed(self, response, known: dict | None) -> tuple[int, int | None]:
-        """(first byte, total) of the body, whatever was asked for.
-
-        Raises: as `attempt`, if it is not the file, or not a place that can be continued.
-        """
+        """(first byte, total) of the body, whatever was asked for. Raises: as `attempt`, if it is
+        not the file, or not a place that can be continued."""
         status, host = response.status_code, _host(self.url)
         if status in (408, 425, 429) or (status >= 500 and status != 511):
             raise _Retry(f"{host} answered {status} {response.reason}")
         if status == 416 and not self.whole:
             raise self._mismatch("the part on disk is longer than the server's file")
         if status not in (200, 206):
-            raise UserError(
-                f"{_shown(response.url)} answered {status} {response.reason}: {self.otherwise}"
-            )
-        start, total = _content_range(response)
-        length = _content_length(response)
+            answer = f"{_shown(response.url)} answered {status} {response.reason}"
+            raise UserError(f"{answer}: {self.otherwise}")
+        text = response.headers.get("Content-Range", "").strip()
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", text)
+        start = int(match[1]) if match else None
+        total = int(match[2]) if match and match[2] != "*" else None
+        text = response.headers.get("Content-Length", "")
+        length = int(text) if text.isdecimal() else None
         if status == 200 and (start is None or length == total):
             if "Range" in response.request.headers:
-                self.notify(f"{host} sends the whole file: what is there already is compared")
+                self.notify(
+                    f"{host} sends the whole file: the part stays until there is more of it"
+                )
             return 0, length
         if start is None or start > self.have or (start + (length or 0) > (total or 1 << 62)):
             raise self._mismatch(f"{host} sent another part of the file than was asked for")
@@ -308,45 +271,46 @@ class _Transfer:
         return start, total
 
     def _mismatch(self, message: str) -> Exception:
+        """For an answer that does not continue what is on disk: the whole file is asked for next,
+        once."""
         if self.whole:
             return UserError(f"{message}, twice: {self.otherwise}")
         self.whole = True
-        return _Mismatch(message)
+        return _Retry(message)
 
     def _receive(self, response, chunk: bytes, start: int, total: int | None) -> None:
-        """Body to disk: what the part has already is compared, the rest is appended."""
-        have, position, complete, noted = self.have, start, False, False
+        """Body to disk, behind what the part has already, which is compared. A whole file that
+        comes anew goes beside the part and takes its place once there is more of it."""
+        have, position, noted, complete = self.have, start, False, False
+        beside = start == 0 and have > 0
         out = self.file
-        bar = tqdm(
-            total=total,
-            initial=start,
-            unit="B",
-            unit_scale=True,
-            desc=self.path.name,
-            disable=None,
-        )
+        if beside:
+            self.check_disk(total or have, 0)
+            out = open(self.fresh, "w+b", buffering=0)  # noqa: SIM115 (it may become the part)
+            files.lock(out, self.fresh)
         try:
-            while chunk:
-                if out is self.file and position < have:
-                    old = os.pread(out.fileno(), min(len(chunk), have - position), position)
+            shown = {"unit": "B", "unit_scale": True, "desc": self.path.name, "disable": None}
+            with tqdm(total=total, initial=start, **shown) as bar:
+                while chunk:
+                    old = b"" if beside else os.pread(out.fileno(), len(chunk), position)
                     if not chunk.startswith(old):
-                        out = self._start_fresh(start, position, total)
-                new = chunk[max(0, have - position) :] if out is self.file else chunk
-                if new and out is self.file and not noted:
-                    self._note(response, total)
-                    noted = True
-                _write(out, new)
-                position += len(chunk)
-                bar.update(len(chunk))
-                chunk = _read(response, self.url)
+                        raise self._mismatch("the part on disk does not fit the server's file")
+                    if not (beside or noted) and len(chunk) > len(old):
+                        self._note(response, total)
+                        noted = True
+                    new = memoryview(chunk)[len(old) :]
+                    while new:  # an unbuffered file may take less at once
+                        new = new[out.write(new) :]
+                    position += len(chunk)
+                    bar.update(len(chunk))
+                    chunk = _read(response, self.url)
             if position < (have if total is None else total):
                 raise _Retry(f"the connection ended at {position:,} of {total or have:,} bytes")
-            if out is self.file and position < have:
-                out = self._start_fresh(start, position, total)
+            if not beside and position < have:
+                raise self._mismatch("the part on disk is longer than the server's file")
             complete = True
         finally:
-            bar.close()
-            if out is not self.file:
+            if beside:
                 if complete or position > have:
                     self._note(response, total)
                     os.replace(self.fresh, self.part)
@@ -355,17 +319,9 @@ class _Transfer:
                     self.fresh.unlink()
                 out.close()
 
-    def _start_fresh(self, start: int, position: int, total: int | None) -> BinaryIO:
-        """A file beside the part that begins with the `position` bytes that are the same."""
-        if start:
-            raise self._mismatch("the part on disk does not fit the server's file")
-        _check_disk(self.path.parent, total or self.have)
-        fresh = open(self.fresh, "w+b", buffering=0)  # noqa: SIM115 (it becomes the part)
-        files.lock(fresh, self.fresh)
-        for offset in range(0, position, CHUNK):
-            size = min(CHUNK, position - offset)
-            _write(fresh, os.pread(self.file.fileno(), size, offset))
-        return fresh
+    def check_disk(self, total: int, kept: int | None = None) -> None:
+        needed = total - (self.have if kept is None else kept) + DISK_MARGIN
+        writer.check_free_space(self.path.parent, needed)
 
     def _known(self) -> dict | None:
         """What an earlier answer said about the part."""
@@ -381,16 +337,6 @@ class _Transfer:
         validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")
         known = {"url": _shown(self.url), "validator": validator, "total": total}
         files.write_file(self.info, json.dumps(known).encode())
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    """All of it: an unbuffered file may take less at once."""
-    while data:
-        data = data[file.write(data) :]
 
 
 def _not_an_archive(head: bytes) -> str | None:
@@ -421,35 +367,29 @@ def _get(url: str, headers: dict):
     _knock(proxy or url, who if proxy else host)
     try:
         response = requests.get(url, headers=headers, stream=True, timeout=(CONNECT, STALL))
+        if response.status_code != 407:
+            return response
+        response.close()
+        status, reason = 407, response.reason
     except requests.TooManyRedirects:
         raise UserError(f"{_shown(url)} redirects in circles") from None
-    except requests.exceptions.InvalidSchema as error:
+    except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
         if "SOCKS" in str(error):
             raise UserError(f"{who} needs PySocks: pip install pysocks") from None
-        raise UserError(f"{_shown(url)} leads to an unusable address: {error}") from None
+        raise UserError(f"{_shown(url)} leads to no usable address: {error}") from None
     except requests.exceptions.ProxyError as error:
         refused = re.search(r"Tunnel connection failed: (\d+) ([^')]*)", str(error))
         if not refused:
             raise _NoConnection(f"no connection through {who} ({_cause(error)})") from None
         status, reason = int(refused[1]), refused[2]
-    except requests.exceptions.InvalidURL as error:
-        raise UserError(f"{_shown(url)} is not a usable address: {error}") from None
-    except requests.ConnectTimeout:
-        raise _NoConnection(f"no connection to {host} within {CONNECT:g} s") from None
-    except requests.Timeout:
+    except requests.ReadTimeout:
         raise _Retry(f"no answer from {host} within {STALL:g} s") from None
     except requests.exceptions.SSLError as error:
-        raise UserError(
-            f"the certificate of {host} is not accepted ({_cause(error)}); if a proxy replaces "
-            "it, REQUESTS_CA_BUNDLE names the file of the proxy's own"
-        ) from None
+        hint = "if a proxy replaces it, REQUESTS_CA_BUNDLE names the file of the proxy's own"
+        refusal = f"the certificate of {host} is not accepted ({_cause(error)}); {hint}"
+        raise UserError(refusal) from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise _NoConnection(f"no connection to {host} ({_cause(error)})") from None
-    else:
-        if response.status_code != 407:
-            return response
-        response.close()
-        status, reason = 407, response.reason
     if status >= 500:
         raise _Retry(f"{who} answered {status} {reason}")
     hint = ": write the variable as http://USER:PASSWORD@HOST:PORT" if status == 407 else ""
@@ -459,8 +399,8 @@ def _get(url: str, headers: dict):
 def _knock(address: str, who: str) -> None:
     """Raises _NoConnection unless something listens there: the system's own waiting, for a name
     or for each of a host's addresses, takes minutes."""
-    parts = urlsplit(address if "://" in address else f"http://{address}")
     try:
+        parts = urlsplit(address if "://" in address else f"http://{address}")
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 1080)
         if not parts.hostname:
             raise ValueError("it has no host")
@@ -479,10 +419,10 @@ def _knock(address: str, who: str) -> None:
     thread.start()
     thread.join(CONNECT)
     error = outcome[0] if outcome else TimeoutError()
-    if isinstance(error, TimeoutError):
-        raise _NoConnection(f"no connection to {who} within {CONNECT:g} s")
     if error is not None:
-        raise _NoConnection(f"no connection to {who} ({_cause(error)})")
+        slow = isinstance(error, TimeoutError)
+        why = f"within {CONNECT:g} s" if slow else f"({_cause(error)})"
+        raise _NoConnection(f"no connection to {who} {why}")
 
 
 def _read(response, url: str) -> bytes:
@@ -494,39 +434,6 @@ def _read(response, url: str) -> bytes:
         raise _Retry(f"{_host(url)} sent nothing for {STALL:g} s") from None
     except (urllib3.exceptions.HTTPError, ConnectionError) as error:
         raise _Retry(f"the connection to {_host(url)} broke ({_cause(error)})") from None
-
-
-def _content_range(response) -> tuple[int | None, int | None]:
-    """(first byte, total bytes) of a Content-Range header; None where it does not say."""
-    match = re.fullmatch(
-        r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip()
-    )
-    if not match:
-        return None, None
-    start, total = match.groups()
-    return int(start), int(total) if total != "*" else None
-
-
-def _content_length(response) -> int | None:
-    text = response.headers.get("Content-Length", "")
-    return int(text) if text.isdecimal() else None
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed + DISK_MARGIN > free:
-        raise UserError(
-            f"{folder} has {_bytes(free)} free, {_bytes(needed + DISK_MARGIN)} are needed: make "
-            "room"
-        )
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _shown(url: str) -> str:
@@ -555,19 +462,12 @@ def _bytes(count: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     tasks = {task: name for name, archive in ARCHIVES.items() for task in archive.tasks}
-    parser.add_argument(
-        "--task", required=True, choices=list(tasks), help="whose archive to fetch"
-    )
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=Path(__file__).resolve().parents[1] / "data",
-        help="(default: data/ of the project)",
-    )
+    parser.add_argument("--task", required=True, choices=list(tasks), help="whose archive")
+    folder, text = Path(__file__).resolve().parents[1] / "data", "(default: data/ of the project)"
+    parser.add_argument("--output_dir", type=Path, default=folder, help=text)
     parser.add_argument("--mirror", metavar="URL", help="fetch URL/<official file name> instead")
     parser.add_argument("--sha256", help="digest that the archive must have, in hex")
     args = parser.parse_args(argv)

@@ -18,9 +18,8 @@ _workers_peak = 0  # bytes: the most that the workers of one map had together
 
 def num_cores() -> int:
     """Cores this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def peak_memory() -> int:
@@ -58,18 +57,14 @@ def _work(connection: multiprocessing.connection.Connection) -> None:
             try:
                 answer = True, function(item)
             except Exception as error:
-                answer = (
-                    False,
-                    multiprocessing.pool.ExceptionWithTraceback(error, error.__traceback__),
-                )
+                with_trace = multiprocessing.pool.ExceptionWithTraceback
+                answer = False, with_trace(error, error.__traceback__)
             connection.send((*answer, _own_peak()))
 
 
 def _start_workers(count: int) -> list[tuple]:
     """(process, connection) each. Spawned, not forked: tensorflow's threads do not survive a fork.
-
-    SIGINT and SIGTERM are blocked in them from their first instruction on: the parent decides.
-    """
+    SIGINT and SIGTERM are blocked in them from their first instruction on: the parent decides."""
     context = multiprocessing.get_context("spawn")
     started = []
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -87,14 +82,9 @@ def _start_workers(count: int) -> list[tuple]:
 
 @contextlib.contextmanager
 def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator[Iterator]:
-    """map(function, items) over processes: results in order, a few items per process in flight.
-
-        with map_ordered(function, items, workers) as results:
-            for result in results: ...
-
-    items: best chunks that take some 10 ms or more. function: a module-level function (it is sent
-    by name). Leaving the block ends the processes, whatever they are at.
-    Raises: what `function` raises; WorkerDied.
+    """map(function, items) over processes, for a `with` block whose end ends them, whatever they
+    are at: results in order, a few items per process in flight. items: best chunks that take some
+    10 ms or more. function: of a module. Raises: what `function` raises; WorkerDied.
 
     A pipe and a thread for each process, nothing shared: a process that is killed at any moment,
     also in the middle of its answer, is the end of its pipe and of nothing else. (The executor of

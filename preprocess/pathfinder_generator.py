@@ -5,24 +5,19 @@ paths, and two dots on ends of the long paths: on both ends of one path (label 1
 each (label 0).
 
 Labels do not leak, by construction. Scenes of paths are drawn first, all alike, without label or
-dots. Then couples of scenes are looked for in which, after a turn of one picture, an end-to-end
-pair of one scene (both ends of one path) lies where a pair of the other (ends of two paths)
-does; the first gets its dots and label 1, the second its own and label 0. So both classes have
-the same paths, dashes and ink, and the same places and distances of the dots. Choosing both
-pairs in one scene was tried: that keeps the distance but not the places (58 % for a logistic
-regression on pixels).
+dots. Then couples of scenes are looked for in which, after a turn of one picture, both ends of one
+path of one scene lie where ends of two paths of the other do; the first gets its dots and label 1,
+the second its own and label 0. So both classes have the same paths, dashes and ink, and the same
+places and distances of the dots. (Both pairs in one scene keep the distance but not the places:
+58 % for a logistic regression on pixels.)
 
 The same seed gives the same bytes on every machine and for any number of workers: scenes come in
-chunks of a fixed size, each with its own counter-based random numbers; directions come from a
-table of rounded cosines, so that all coordinates are exact in float32, and what is not exact
-(one square root per pixel) is rounded the same everywhere.
+chunks of a fixed size with their own counter-based random numbers, coordinates are exact in
+float32, and what is not (one square root per pixel) is rounded the same everywhere.
 
-Shape letters: n scenes, D dashes of a scene. Lengths are in pixels, (x, y)
-with (0, 0) the picture's upper left corner, so pixel [row, column] has its centre at (column +
-0.5, row + 0.5).
+n scenes, D dashes of a scene. Lengths are in pixels, (x, y) with (0, 0) the picture's upper left
+corner, so pixel [row, column] has its centre at (column + 0.5, row + 0.5).
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -37,22 +32,18 @@ PADDLE_LENGTH = 2.0  # of a dash, its round ends included
 PADDLE_THICKNESS = 1.0
 PADDLE_MARGIN = 1.0  # free space between two dashes of one path
 CONTINUITY = 1.8  # a path turns by at most 90 / CONTINUITY degrees from dash to dash
-NUM_CONTRASTS = 1
-DASH_GRAY = 150
-DOT_GRAY = 255
+DASH_GRAY, DOT_GRAY = 150, 255
 DOT_RADIUS = 1.75
 
-# Between the centre lines of different paths, up to half a cell of the grid: their free space is
-# nearly twice that within a path. With 5.0 around the ends, where dots may come, no path seems to
-# go on in another one (with 4.0 one in ten pictures of the hardest level could not be solved).
-CLEARANCE = 3.25
-TIP_CLEARANCE = 5.0
+# Between the centre lines of different paths: their free space is nearly twice that within a path.
+# With 5.0 around the ends, where dots may come, no path seems to go on in another one (with 4.0
+# one in ten pictures of the hardest level could not be solved).
+CLEARANCE, TIP_CLEARANCE = 3.25, 5.0
 BORDER = 2.0  # between a centre line and the picture's edge, so that dots are whole
 MIN_DOT_DISTANCE = 7.0
 # How far the dots of a couple's two pictures, turned the same way, may be from each other, and by
 # how much their distances may differ.
-DOT_TOLERANCE = 1.5
-DISTANCE_TOLERANCE = 0.4
+DOT_TOLERANCE, DISTANCE_TOLERANCE = 1.5, 0.4
 
 # A dash is all points within PADDLE_THICKNESS / 2 of a segment of length _CORE; _STEP is between
 # the segments of consecutive dashes.
@@ -63,9 +54,8 @@ _STEP = PADDLE_MARGIN + PADDLE_THICKNESS
 # them are exact in float32.
 _NUM_DIRECTIONS = 64
 _ANGLES = [2 * math.pi * k / _NUM_DIRECTIONS for k in range(_NUM_DIRECTIONS)]
-_DIRECTIONS = np.array(
-    [[round(math.cos(a) * 1024) / 1024, round(math.sin(a) * 1024) / 1024] for a in _ANGLES],
-    np.float32,
+_DIRECTIONS = np.float32(
+    [[round(math.cos(a) * 1024) / 1024, round(math.sin(a) * 1024) / 1024] for a in _ANGLES]
 )
 _TRIALS = 8
 _ALONG = np.array([0, 0.5, 1, 2, 3, 4], np.float32)  # in lengths of a dash's segment
@@ -78,12 +68,11 @@ _GRID = _CELLS * (SIDE + 2 * _FRAME)
 
 @dataclass(frozen=True)
 class Level:
-    """One difficulty: dashes of a long path, dashes of a distractor, and how many distractors
-    are tried."""
+    """One difficulty."""
 
-    contour_length: int
-    distractor_length: int
-    distractor_trials: int
+    contour_length: int  # dashes of a long path
+    distractor_length: int  # dashes of a distractor
+    distractor_trials: int  # how many of them are tried
 
 
 LEVELS = {
@@ -95,34 +84,18 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Scenes:
-    """A chunk of labelled pictures and the geometry they were drawn from.
+    """A chunk of labelled pictures and the geometry they were drawn from."""
 
-    images: uint8 [n, 32, 32]; labels: int64 [n], 1 = both dots on one path.
-    dashes: float32 [n, D, 2, 2], the (x, y) of both ends of each dash's centre line; path: int16
-    [n, D], the path that a dash belongs to, 0 and 1 the long ones, -1 where the scene has fewer
-    than D dashes.
-    dots: float32 [n, 2, 2], (x, y) of each dot.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    dashes: np.ndarray
-    path: np.ndarray
-    dots: np.ndarray
+    images: np.ndarray  # uint8 [n, 32, 32]
+    labels: np.ndarray  # int64 [n], 1 = both dots on one path
+    dashes: np.ndarray  # float32 [n, D, 2, 2], (x, y) of both ends of each dash's centre line
+    path: np.ndarray  # int16 [n, D], a dash's path: 0 and 1 the long ones; -1: there is no dash
+    dots: np.ndarray  # float32 [n, 2, 2], (x, y)
 
 
 def draw_chunk(level: str, seed: int, chunk: int) -> Scenes:
-    """Draws the pictures chunk * CHUNK ... (chunk + 1) * CHUNK - 1 of a level; a pure function
-    of its arguments.
-
-    Args:
-        level: a key of LEVELS.
-        seed: >= 0, below 2^64.
-        chunk: >= 0.
-    Raises: ValueError for an unknown level or a seed out of range.
-    """
-    if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}, expected one of {', '.join(LEVELS)}")
+    """Draws the pictures chunk * CHUNK ... (chunk + 1) * CHUNK - 1 of a level, a key of LEVELS; a
+    pure function of its arguments. Raises: ValueError for a seed that is not in 0 .. 2^64 - 1."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"the seed must be between 0 and 2^64 - 1, not {seed}")
     words = np.random.SeedSequence([seed, list(LEVELS).index(level), chunk])
@@ -148,24 +121,8 @@ def draw_chunk(level: str, seed: int, chunk: int) -> Scenes:
     return Scenes(_render(dashes, path, dots), labels, dashes, path, dots)
 
 
-def metadata_columns(level: str) -> list[str]:
-    """The columns 4 to 10 of the release's metadata, equal for all pictures of a level."""
-    length = LEVELS[level]
-    numbers = (
-        CONTINUITY,
-        length.contour_length,
-        length.distractor_length,
-        PADDLE_LENGTH,
-        PADDLE_THICKNESS,
-        PADDLE_MARGIN,
-        NUM_CONTRASTS,
-    )
-    return [f"{number:g}" for number in numbers]
-
-
 class _Random:
-    """Integers from a bit generator's raw words, the only part of NumPy's random numbers that is
-    promised never to change."""
+    """Integers from raw words: NumPy promises only these never to change."""
 
     def __init__(self, bits: np.random.Philox):
         self.bits = bits
@@ -189,16 +146,16 @@ def _draw_scenes(level: Level, count: int, random: _Random) -> tuple[np.ndarray,
         kept, path, tips = kept[good], path[good], tips[good]
         forbidden, forbidden_tips = forbidden[kept], forbidden_tips[kept]
         long_paths = [*(earlier[kept] for earlier in long_paths), path]
-        _stamp(forbidden, _points(path), CLEARANCE)
+        _stamp(forbidden, path.reshape(len(path), -1, 2), CLEARANCE)
         _stamp(forbidden, tips, TIP_CLEARANCE)
-        _stamp(forbidden_tips, _points(path), TIP_CLEARANCE)
+        _stamp(forbidden_tips, path.reshape(len(path), -1, 2), TIP_CLEARANCE)
 
     n = len(forbidden)
     dashes = long_paths
     path_of_dash = [np.full((n, level.contour_length), i, np.int16) for i in range(2)]
     for trial in range(level.distractor_trials):
         kept, path = _grow_path(level.distractor_length, forbidden, random)
-        _stamp(forbidden, _points(path), CLEARANCE, kept)
+        _stamp(forbidden, path.reshape(len(path), -1, 2), CLEARANCE, kept)
         dashes.append(np.zeros((n, level.distractor_length, 2, 2), np.float32))
         dashes[-1][kept] = path
         path_of_dash.append(np.full((n, level.distractor_length), -1, np.int16))
@@ -206,16 +163,12 @@ def _draw_scenes(level: Level, count: int, random: _Random) -> tuple[np.ndarray,
     return np.concatenate(dashes, 1), np.concatenate(path_of_dash, 1)
 
 
-def _grow_path(
-    length: int, forbidden: np.ndarray, random: _Random
-) -> tuple[np.ndarray, np.ndarray]:
-    """Grows one path of `length` dashes in each scene of `forbidden` [n, cells].
+def _grow_path(length: int, forbidden: np.ndarray, random: _Random):
+    """Grows one path of `length` dashes in each scene of `forbidden` [n, cells]: int64 [m], the
+    scenes where it found its way; float32 [m, length, 2, 2], the dashes there.
 
     Each dash takes one of several random turns that stay in the picture and off the forbidden
-    cells and the path itself, the first of those with the most room ahead.
-    Returns: int64 [m], the scenes where the path found its way; float32 [m, length, 2, 2], the
-    dashes there.
-    """
+    cells and the path itself, the first of those with the most room ahead."""
     kept = np.arange(len(forbidden))
     blocked = forbidden.copy()
     path = np.zeros((len(forbidden), length, 2, 2), np.float32)
@@ -250,11 +203,6 @@ def _grow_path(
     return kept, path
 
 
-def _points(path: np.ndarray) -> np.ndarray:
-    """The ends of all dashes of a path [n, k, 2, 2] as [n, 2 k, 2]."""
-    return path.reshape(len(path), 2 * path.shape[1], 2)
-
-
 # Two ends of the long paths by [label, choice]; ends 0 and 1 are of one path, 2 and 3 of the
 # other. Label 1 has two choices.
 _PAIRS = np.array([[[0, 2], [0, 3], [1, 2], [1, 3]], [[0, 1], [2, 3], [0, 1], [2, 3]]])
@@ -262,30 +210,22 @@ _PAIRS = np.array([[[0, 2], [0, 3], [1, 2], [1, 3]], [[0, 1], [2, 3], [0, 1], [2
 
 def _ends(dashes: np.ndarray, contour_length: int) -> np.ndarray:
     """float32 [n, 4, 2], the ends of both long paths, where dots may come."""
-    last = contour_length - 1
-    return np.stack(
-        [dashes[:, 0, 0], dashes[:, last, 1], dashes[:, last + 1, 0], dashes[:, 2 * last + 1, 1]],
-        1,
-    )
+    ends = (0, 0), (contour_length - 1, 1), (contour_length, 0), (2 * contour_length - 1, 1)
+    return np.stack([dashes[:, dash, end] for dash, end in ends], 1)
 
 
 def _find_couples(ends: np.ndarray) -> np.ndarray:
-    """Finds couples of scenes with dots at nearly the same places, one with a pair of ends on
-    two paths, the other on one.
-
-    Places are the same if a turn or mirror image of the picture makes them so. Each scene is in
-    one couple at most.
-    Returns: int64 [m, label, (scene, choice in _PAIRS)], the best couples first.
-    """
+    """Finds couples of scenes with dots at nearly the same places, as a turn or mirror image of
+    the picture makes them, one with a pair of ends on two paths, the other on one; each scene in
+    one couple at most. int64 [m, label, (scene, choice in _PAIRS)], the best couples first."""
     n = len(ends)
     places = []
     for label, choices in ((0, 4), (1, 2)):
         pairs = ends[:, _PAIRS[label, :choices]].reshape(n * choices, 2, 2) - np.float32(SIDE / 2)
         # the dot farther from the middle first, in the same eighth of the picture
         far = (pairs**2).sum(2).argmax(1)
-        pairs = np.stack(
-            [pairs[np.arange(len(pairs)), far], pairs[np.arange(len(pairs)), 1 - far]], 1
-        )
+        row = np.arange(len(pairs))
+        pairs = np.stack([pairs[row, far], pairs[row, 1 - far]], 1)
         pairs *= np.where(pairs[:, :1] < 0, np.float32(-1), np.float32(1))
         steep = pairs[:, 0, 1] > pairs[:, 0, 0]
         pairs[steep] = pairs[steep][:, :, ::-1]
@@ -335,17 +275,14 @@ def _disc(radius: float) -> np.ndarray:
     return (dy * _GRID + dx)[within]
 
 
-def _stamp(
-    grid: np.ndarray, points: np.ndarray, radius: float, scenes: np.ndarray | None = None
-) -> None:
+def _stamp(grid: np.ndarray, points: np.ndarray, radius: float, scenes=None) -> None:
     """Forbids, in place, all cells within `radius` of points [n, k, 2] of the scenes [n] (None:
     of all, in order)."""
     rows = np.arange(len(grid)) if scenes is None else scenes
     offsets = _disc(radius)
-    flat = grid.reshape(-1)
     for k in range(points.shape[1]):
         centre = rows * grid.shape[1] + _cell(points[:, k])
-        flat[centre[:, None] + offsets] = True
+        grid.reshape(-1)[centre[:, None] + offsets] = True
 
 
 def _render(dashes: np.ndarray, path: np.ndarray, dots: np.ndarray) -> np.ndarray:
@@ -381,8 +318,7 @@ def _render(dashes: np.ndarray, path: np.ndarray, dots: np.ndarray) -> np.ndarra
         start, end = dashes[:, k, 0], dashes[:, k, 1]
         radius, present = PADDLE_THICKNESS / 2, path[:, k] >= 0
         paint((start + end) / 2, (end - start) / 2, radius, DASH_GRAY, present)
-    everywhere = np.ones(n, bool)
     for k in range(2):
-        paint(dots[:, k], None, DOT_RADIUS, DOT_GRAY, everywhere)
+        paint(dots[:, k], None, DOT_RADIUS, DOT_GRAY, np.ones(n, bool))
     inner = pictures.reshape(n, width, width)[:, frame:-frame, frame:-frame]
     return np.floor(inner + np.float32(0.5)).astype(np.uint8)

@@ -2,8 +2,7 @@
 
 Nothing is unpacked. Damage is a UserError that names the file; what the environment refuses (no
 permission, a failing disk, a network file system that went away) stays an OSError: it says
-nothing about the data. A damaged archive must never look like a short one: tarfile ends quietly at
-a header that is cut off, so the end of the archive is checked here.
+nothing about the data.
 """
 
 import bz2
@@ -24,7 +23,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -33,22 +32,21 @@ from training.errors import UserError
 # (split, where it stands for messages, payload, label); split "all": the driver draws a test set
 Example = tuple[str, str, Any, int]
 
-TAR_BLOCK = 512
 # what zipfile, tarfile and the decompressors raise for damaged files; RuntimeError: a password
 DAMAGE = (
     *(tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, struct.error),
     *(gzip.BadGzipFile, UnicodeDecodeError, NotImplementedError, RuntimeError, OverflowError),
 )
 LONGEST_LINE = 1 << 20  # bytes; a longer line is no row, and reading it whole could fill memory
+LONGEST_ROW = 64 << 20  # of the release, which has texts in its rows
 LONGEST_HEADER = 8 << 10
 LRA_ROOTS = ("", "lra_release", "lra_release/lra_release")  # where the release's folders may be
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
 
 class Fault(UserError):
-    """What is wrong with one example, counted by its text.
-
-    always: left out also without --on_error skip (faults that published sources are known for).
-    """
+    """What is wrong with one example, counted by its text. always: left out also without
+    --on_error skip (faults that published sources are known for)."""
 
     def __init__(self, reason: str, always: bool = False):
         super().__init__(reason, always)
@@ -66,41 +64,64 @@ def is_damage(error: BaseException) -> bool:
     return isinstance(error, DAMAGE)
 
 
+def damaged(path, kind: str, error: Exception, where: str = "") -> UserError:
+    reason = f"{where}{': ' if where else ''}{error or type(error).__name__}"
+    return UserError(f"{path} is cut off, damaged or not a {kind} ({reason}): get it again")
+
+
 @contextlib.contextmanager
 def _naming(path, kind: str, where: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Damage becomes a UserError that names `path`; other read errors get its name."""
     try:
         yield
-    except OSError as error:
+    except (OSError, *DAMAGE) as error:
         if is_damage(error):
-            raise _damaged(path, kind, where(), error) from error
+            raise damaged(path, kind, error, where()) from error
         error.filename = error.filename or str(path)
         raise
-    except DAMAGE as error:
-        raise _damaged(path, kind, where(), error) from error
 
 
-def _damaged(path, kind: str, where: str, error: Exception) -> UserError:
-    reason = str(error) or type(error).__name__
-    return UserError(
-        f"{path} is cut off, damaged or not a {kind} ({where}{': ' if where else ''}{reason}): "
-        "get it again"
-    )
+class _Stream(io.RawIOBase):
+    """What `opener()` opens in an archive; damage in it is the UserError that `broken` makes."""
+
+    def __init__(self, opener: Callable[[], Any], broken: Callable[[Exception], UserError]):
+        self.opener, self.broken, self.file = opener, broken, None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            self.file = self.file or self.opener()
+            data = self.file.read(len(buffer))
+        except (OSError, *DAMAGE) as error:
+            if is_damage(error):
+                raise self.broken(error) from error
+            raise
+        buffer[: len(data)] = data
+        return len(data)
 
 
-# ---- files of folders and archives ------------------------------------------------------------
+_zip = functools.lru_cache(1)(zipfile.ZipFile)  # opened once a process
 
 
 class Member:
-    """A file of a folder, by its name below it. Can be sent to another process and read there."""
+    """A file of a folder, zip or tar archive, by its name below it; all but those of tar archives
+    can be sent to another process and read there."""
 
-    __slots__ = ("name", "where")
+    __slots__ = ("archive", "file", "name", "where")
 
-    def __init__(self, name: str, where: str):
-        self.name, self.where = name, where
+    def __init__(self, name: str, where: str, archive: str = "", file: BinaryIO | None = None):
+        self.name, self.where, self.archive, self.file = name, where, archive, file
 
     def open(self) -> BinaryIO:
-        return open(self.where, "rb", buffering=1 << 20)
+        if self.file is not None:
+            return self.file
+        if not self.archive:
+            return open(self.where, "rb", buffering=1 << 20)
+        broken = Fault("the zip archive is damaged at this file")
+        raw = _Stream(lambda: _zip(self.archive).open(self.name), lambda error: broken)
+        return io.BufferedReader(raw, 1 << 16)
 
     def read(self, limit: int | None = None) -> bytes:
         """Its bytes. Raises Fault if there are more than `limit`; OSError."""
@@ -114,113 +135,41 @@ class Member:
             raise Fault(f"the file has more than {limit:,} bytes")
         return data
 
-    def payload(self) -> "Member | bytes":
+    def payload(self, limit: int = -1) -> "Member | bytes":
         """Itself, to be read where it is needed; or its bytes if it can only be read now."""
-        return self
-
-
-class ZipMember(Member):
-    __slots__ = ("archive",)
-
-    def __init__(self, archive: str, name: str):
-        super().__init__(name, f"{archive}:{name}")
-        self.archive = archive
-
-    def open(self) -> BinaryIO:
-        with self._damage_is_a_fault():
-            file = self._zip().open(self.name)
-        raw = _Stream(file, lambda error: Fault(self.DAMAGED))
-        return io.BufferedReader(raw, 1 << 20)
-
-    def read(self, limit: int | None = None) -> bytes:
-        with self._damage_is_a_fault():
-            info = self._zip().getinfo(self.name)
-            if limit is not None and info.file_size > limit:
-                raise Fault(f"the file has more than {limit:,} bytes")
-            return self._zip().read(info)
-
-    DAMAGED = "the zip archive is damaged at this file"
-
-    def _zip(self) -> zipfile.ZipFile:
-        if self.archive not in _zips:
-            _zips.clear()
-            _zips[self.archive] = zipfile.ZipFile(self.archive)
-        return _zips[self.archive]
-
-    @contextlib.contextmanager
-    def _damage_is_a_fault(self):
-        try:
-            yield
-        except (OSError, *DAMAGE) as error:
-            if is_damage(error):
-                raise Fault(self.DAMAGED) from error
-            error.filename = self.archive
-            raise
-
-
-_zips: dict[str, zipfile.ZipFile] = {}  # of this process, opened once
-
-
-class _Stream(io.RawIOBase):
-    """A file in an archive; damage in it is the UserError that `broken` makes of it."""
-
-    def __init__(self, file, broken: Callable[[Exception], UserError]):
-        self.file, self.broken = file, broken
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self.read(-1)
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return self.file.read(size)
-        except (OSError, *DAMAGE) as error:
-            if is_damage(error):
-                raise self.broken(error) from error
-            raise
-
-
-class _TarMember(Member):
-    __slots__ = ("file",)
-
-    def __init__(self, name: str, where: str, file: BinaryIO):
-        super().__init__(name, where)
-        self.file = file
-
-    def open(self) -> BinaryIO:
-        return self.file
-
-    def payload(self) -> bytes:
-        return self.file.read()
+        return self if self.file is None else self.file.read(limit)
 
 
 def files(path: Path, wanted: Callable[[str], Any] = lambda name: True) -> Iterator[Member]:
     """The files of a folder (sorted, its own before those of its folders), zip or tar archive
     for whose names `wanted` is true.
 
-    A tar archive is read in one pass: use each member before the next.
-    Raises: UserError naming the archive if it is cut off or damaged; OSError.
-    """
+    A tar archive is read in one pass, in its order: use each member before the next. Stopping
+    early skips the check of the rest. Links to files of it come last, from a second pass.
+    Raises: UserError naming the archive if it is cut off or damaged; OSError."""
     if path.is_dir():
-        for member in _walk(str(path), "", (os.stat(path),)):
-            if wanted(member.name):
-                yield member
+        yield from (m for m in _walk(str(path), "", (os.stat(path),)) if wanted(m.name))
     elif zipfile.is_zipfile(path):
         with _naming(path, "zip archive"), zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
         for info in infos:
             if not info.is_dir() and wanted(info.filename):
-                yield ZipMember(str(path), info.filename)
+                yield Member(info.filename, f"{path}:{info.filename}", str(path))
     else:
-        for name, _, file in archive_members(path, wanted):
-            yield _TarMember(name, f"{path}:{name}", file)
+        links: dict[str, str] = {}  # name -> what it is a link to
+        yield from _tar_members(path, wanted, links)
+        names: dict[str, list[str]] = {}  # what is linked to -> names
+        for name, target in links.items():
+            while target in links and target != name:
+                target = links[target]
+            names.setdefault(target, []).append(name)
+        targets = _tar_members(path, lambda name: posixpath.normpath(name) in names, {})
+        for member in targets if names else ():
+            data = member.read()
+            for name in names.pop(posixpath.normpath(member.name)):
+                yield Member(name, f"{path}:{name}", file=io.BytesIO(data))
+        for target, missing in names.items():
+            raise UserError(f"{path}: {missing[0]} is a link to {target}, which it lacks")
 
 
 def _walk(folder: str, below: str, above: tuple) -> Iterator[Member]:
@@ -228,9 +177,7 @@ def _walk(folder: str, below: str, above: tuple) -> Iterator[Member]:
         found = sorted(entries, key=lambda entry: entry.name)
     folders = [entry for entry in found if entry.is_dir()]  # links to folders too
     inner = {entry.name for entry in folders}
-    for entry in found:
-        if entry.name not in inner:
-            yield Member(below + entry.name, entry.path)
+    yield from (Member(below + e.name, e.path) for e in found if e.name not in inner)
     for entry in folders:
         state = os.stat(entry.path)
         if entry.is_symlink() and any(os.path.samestat(state, outer) for outer in above):
@@ -238,87 +185,42 @@ def _walk(folder: str, below: str, above: tuple) -> Iterator[Member]:
         yield from _walk(entry.path, f"{below}{entry.name}/", (*above, state))
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a file starts like gzip, bzip2, xz, tar or is a zip (the LRA release is a tar.gz
-    that ends in .gz)."""
-    with _naming(path, "archive"), open(path, "rb") as file:
-        head = file.read(TAR_BLOCK)
-    return _opener(head) is not None or head[257:262] == b"ustar" or zipfile.is_zipfile(path)
-
-
 def _opener(head: bytes):
-    for magic, opener in (
-        (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
-        (b"BZh", bz2.BZ2File),
-        (b"\xfd7zXZ\0", lzma.LZMAFile),
-    ):
-        if head.startswith(magic):
-            return opener
-    return None
+    return next((opener for magic, opener in OPENERS.items() if head.startswith(magic)), None)
 
 
-@contextlib.contextmanager
-def _decompressed(path: Path) -> Iterator[Any]:
-    with open(path, "rb") as file:
-        opener = _opener(file.read(6))
-        file.seek(0)
-        yield opener(file) if opener else file
+def is_archive(path: Path) -> bool:
+    """Whether a file starts like gzip, bzip2, xz, tar or is a zip."""
+    with _naming(path, "archive"), open(path, "rb") as file:
+        head = file.read(tarfile.BLOCKSIZE)
+    return bool(_opener(head)) or head[257:262] == b"ustar" or zipfile.is_zipfile(path)
 
 
-class _WatchedStream(io.RawIOBase):
-    """Passes reads on and remembers the last tar block, to tell a whole archive from a cut one."""
+class _Header(tarfile.TarInfo):
+    """tarfile ends without a word at a header that is cut off or damaged: here it raises."""
 
-    def __init__(self, stream: BinaryIO):
-        self.stream = stream
-        self.tail = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
-        self.tail = (self.tail + data)[-TAR_BLOCK:] if len(data) < TAR_BLOCK else data[-TAR_BLOCK:]
-        return data
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            ended = len(buf) < tarfile.BLOCKSIZE
+            raise tarfile.ReadError("no end-of-archive mark" if ended else str(error)) from error
 
 
-def archive_members(
-    path: Path, wanted: Callable[[str], Any] = lambda name: True
-) -> Iterator[tuple[str, int, BinaryIO]]:
-    """(name, bytes, file) of the files of a tar archive, in its order, in one pass.
-
-    Each file must be read before the next is asked for. Stopping early is fine and skips the check
-    of the rest. Names for which `wanted` is false are left out; links to files of the archive come
-    last, from a second pass.
-
-    Raises: UserError naming the archive if it is cut off, damaged or no tar archive.
-    """
-    links: dict[str, str] = {}  # name -> what it is a link to
-    yield from _tar_pass(path, wanted, links)
-    names: dict[str, list[str]] = {}
-    for name, target in links.items():
-        while target in links and target != name:
-            target = links[target]
-        names.setdefault(target, []).append(name)
-    if names:
-        for target, size, file in _tar_pass(path, lambda name: posixpath.normpath(name) in names):
-            data = file.read()
-            for name in names.pop(posixpath.normpath(target), ()):
-                yield name, size, io.BytesIO(data)
-    for target, missing in names.items():
-        raise UserError(f"{path}: {missing[0]} is a link to {target}, which it lacks")
-
-
-def _tar_pass(
-    path: Path, wanted: Callable[[str], Any], links: dict[str, str] | None = None
-) -> Iterator[tuple[str, int, BinaryIO]]:
+def _tar_members(path: Path, wanted, links: dict[str, str]) -> Iterator[Member]:
     where = "at its start"
 
     def broken(error: Exception) -> UserError:
-        return _damaged(path, "tar archive", where.replace("after", "in"), error)
+        return damaged(path, "tar archive", error, where.replace("after", "in"))
 
-    with _naming(path, "tar archive", lambda: where), _decompressed(path) as opened:
-        stream = _WatchedStream(opened)
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
+    with _naming(path, "tar archive", lambda: where), open(path, "rb") as file:
+        opener = _opener(file.read(6))
+        file.seek(0)
+        stream = opener(file) if opener else file
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 # tarfile keeps every header it has seen: 600,000 pictures would take 500 MB
                 archive.members = []
@@ -326,133 +228,95 @@ def _tar_pass(
                     continue
                 if member.isreg():
                     where = f"after {member.name}"
-                    extracted = archive.extractfile(member)
-                    assert extracted is not None
-                    raw = _Stream(extracted, broken)
-                    yield member.name, member.size, io.BufferedReader(raw)
-                elif links is not None and (member.islnk() or member.issym()):
+                    raw = _Stream(functools.partial(archive.extractfile, member), broken)
+                    reader = io.BufferedReader(raw)
+                    yield Member(member.name, f"{path}:{member.name}", file=reader)
+                elif member.islnk() or member.issym():
                     base = posixpath.dirname(member.name) if member.issym() else ""
                     target = posixpath.normpath(posixpath.join(base, member.linkname))
                     links[member.name] = target
             while stream.read(1 << 20):
-                pass
-        if stream.tail.strip(b"\0"):
-            raise EOFError("no end-of-archive mark")
+                pass  # to its checksum
 
 
-# ---- named files, as the LRA release and CSV data sets have them ------------------------------
-
-
-def named_files(
-    source: Path, folder: str, names: Mapping[str, str]
-) -> Iterator[tuple[str, str, BinaryIO]]:
+def named_files(source: Path, folder: str, names: Mapping[str, str]):
     """The files of a task, each once: (split, name to show in messages, open file).
 
-    Args:
-        source: the folder with the files, a folder above it (the LRA release's root), or an
-            archive with `folder` in it. A tar archive is read in one pass, in its own order.
-        folder: the task's folder in the release, such as tsv_data.
-        names: split -> file name; a file may be packed (name.gz) too.
-    Raises: UserError naming what is missing and what was expected.
-    """
+    source: the folder with the files, a folder above it (the LRA release's root), or an archive
+        with `folder` in it, which is read in its own order.
+    names: split -> file name; a file may be packed (name.gz) too.
+    Raises: UserError naming what is missing and what was expected."""
     missing = {name: split for split, name in names.items()}
-    if source.is_dir():
-        base = find_folder(source, folder, list(names.values()))
-        for split, name in names.items():
-            path = base / name if (base / name).exists() else base / f"{name}.gz"
-            with open(path, "rb", buffering=1 << 20) as file:
-                yield split, str(path), _unpacked(file, path)
-        return
-    if source.name.removesuffix(".gz") in missing:  # the one file itself
-        if len(missing) > 1:
-            raise UserError(f"{source} is one of {', '.join(missing)}: name their folder")
-        with open(source, "rb", buffering=1 << 20) as file:
-            yield missing[source.name.removesuffix(".gz")], str(source), _unpacked(file, source)
-        return
 
     def wanted(name: str) -> bool:
         path = PurePosixPath(name)  # ._name files are what macOS adds to archives
-        return path.name.removesuffix(".gz") in missing and (
-            path.parent.name == folder or len(path.parts) == 1
-        )
+        known = path.name.removesuffix(".gz") in missing
+        return known and (path.parent.name == folder or len(path.parts) == 1)
 
-    for member in files(source, wanted):
+    if source.is_dir():
+        base = find_folder(source, folder, list(missing))
+        there = (name if (base / name).exists() else f"{name}.gz" for name in list(missing))
+        members = (Member(name, str(base / name)) for name in there)
+    elif source.name.removesuffix(".gz") in missing:  # the one file itself
+        if len(missing) > 1:
+            raise UserError(f"{source} is one of {', '.join(missing)}: name their folder")
+        members = iter([Member(source.name, str(source))])
+    else:
+        members = files(source, wanted)
+    for member in members:
+        name = PurePosixPath(member.name).name
         with member.open() as file:
-            name = PurePosixPath(member.name).name.removesuffix(".gz")
-            yield missing.pop(name), member.where, _unpacked(file, Path(member.name))
+            split = missing.pop(name.removesuffix(".gz"))
+            yield split, member.where, _unpacked(file, name) if name.endswith(".gz") else file
         if not missing:
             return
     raise UserError(f"{source} has no {', no '.join(f'{folder}/{name}' for name in missing)}")
 
 
-def _unpacked(file: BinaryIO, path: Path) -> BinaryIO:
-    if path.suffix != ".gz":
-        return file
-    raw = _Stream(gzip.GzipFile(fileobj=file), lambda e: _damaged(path, "gzip file", "", e))
-    return io.BufferedReader(raw, 1 << 20)
+def _unpacked(file: BinaryIO, name: str) -> BinaryIO:
+    opener = functools.partial(gzip.GzipFile, fileobj=file)
+    return io.BufferedReader(_Stream(opener, lambda e: damaged(name, "gzip file", e)), 1 << 20)
 
 
-def find_folder(source: Path, folder: str, needed: list[str]) -> Path:
+def find_folder(source: Path, folder: str, needed: Sequence[str]) -> Path:
     """The folder with `needed`: `source` or, up to two levels of lra_release below, `folder`."""
-    candidates = [source, *(source / root / folder for root in LRA_ROOTS)]
-    absent: dict[Path, list[str]] = {}
-    for candidate in candidates:
-        there = {name.removesuffix(".gz") for name in _names(candidate)}
-        absent[candidate] = [name for name in needed if name not in there]
+    absent = {}
+    for candidate in (source, *(source / root / folder for root in LRA_ROOTS)):
+        there = set(os.listdir(candidate)) if candidate.is_dir() else set()
+        absent[candidate] = [name for name in needed if not {name, f"{name}.gz"} & there]
         if not absent[candidate]:
             return candidate
     for candidate, names in absent.items():
         if len(names) < len(needed):
-            present = [name for name in needed if name not in names]
-            raise UserError(f"{candidate} has {', '.join(present)} but no {', '.join(names)}")
-    empty = " (it is empty)" if not _names(source) else ""
-    raise UserError(
-        f"{source} holds neither {', '.join(needed)} nor a folder {folder} with them{empty}"
-    )
+            present = ", ".join(name for name in needed if name not in names)
+            raise UserError(f"{candidate} has {present} but no {', '.join(names)}")
+    nor = f"nor a folder {folder} with them{'' if os.listdir(source) else ' (it is empty)'}"
+    raise UserError(f"{source} holds neither {', '.join(needed)} {nor}")
 
 
 def has_files(folder: str, needed: Sequence[str], source: Path) -> bool:
     """Whether find_folder finds them; true of an archive, which nobody reads beforehand."""
-    if not source.is_dir():
-        return True
     with contextlib.suppress(UserError):
-        find_folder(source, folder, list(needed))
-        return True
+        return not source.is_dir() or bool(find_folder(source, folder, needed))
     return False
-
-
-def _names(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else []
-
-
-# ---- tables: CSV and parquet ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A source of a task: `read(job, path)` yields Examples of a file or folder that `accepts`.
-
-    chunk: examples that a process encodes at a time; 0: encoded where they are read.
-    about: what a model is trained on then, if not the original: "JPEG copies".
-    """
+    """A source of a task: `read(job, path)` yields Examples of a file or folder that `accepts`."""
 
     expected: str  # what it looks like, for messages and --help
     read: Callable[..., Iterator[Example]]
     accepts: Callable[[Path], bool] = lambda path: path.is_dir() or is_archive(path)
-    chunk: int = 0
-    about: str = ""
+    chunk: int = 0  # examples that a process encodes at a time; 0: encoded where they are read
+    about: str = ""  # what a model is trained on then, if not the original: "JPEG copies"
 
 
 def lines(file: BinaryIO, where: str) -> Iterator[str]:
     """Lines as latin-1 text (one character a byte) with CR LF and CR read as a line feed, which is
-    how TFDS opens these files.
-
-    Raises: UserError for a line of more than a million bytes.
-    """
+    how TFDS opens these files. Raises UserError for a line of more than a million bytes."""
     text = io.TextIOWrapper(file, encoding="latin-1", newline=None)
-    number = 0
-    while line := text.readline(LONGEST_LINE):
-        number += 1
+    for number, line in enumerate(iter(lambda: text.readline(LONGEST_LINE), ""), 1):
         if len(line) == LONGEST_LINE and line[-1] != "\n":
             raise UserError(f"{where}, line {number}: longer than {LONGEST_LINE:,} bytes")
         yield line
@@ -487,30 +351,43 @@ def csv_rows(file: BinaryIO, where: str, skips) -> Iterator[tuple[str, list[str]
             yield row_where, row
 
 
+def tsv_rows(file: BinaryIO, where: str, skips, columns: int, first: int = 1):
+    """(where, fields as bytes, whether a line end follows) of each line from `first` on; quotes
+    are ordinary characters, CR LF is a line end."""
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW), b""), first):
+        row_where, ended = f"{where}, line {number}", line.endswith(b"\n")
+        if len(line) == LONGEST_ROW and not ended:
+            raise UserError(f"{row_where}: longer than {LONGEST_ROW:,} bytes")
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        # split() and count() look at every byte in turn, half the time of a row; partition() leaps
+        fields = line.split(b"\t", columns - 2)
+        left, tab, right = fields.pop().partition(b"\t")
+        fields += [left, right] if tab else [left]
+        if not line.strip():
+            skips.skip(row_where, "blank line")
+        elif b"\r" in line:
+            skips.skip(row_where, "a carriage return inside the line")
+        elif len(fields) != columns or b"\t" in right:
+            count = line.count(b"\t") + 1
+            skips.skip(row_where, f"{count} columns, expected {columns}")
+        else:
+            yield row_where, fields, ended
+
+
 @dataclass(frozen=True)
 class Csv:
-    """CSV files, one a split, in a folder or archive.
+    """CSV files, one a split, in a folder or archive. A file may be packed (name.gz), start with a
+    byte order mark or have a header."""
 
-    files: split -> file name; "all" alone: the driver draws a test set. A file may be packed
-        (name.gz), start with a byte order mark or have a header.
-    text, label: names that these columns have in a header (case does not matter).
-    labels: what stands in the label column for class 0, 1, ...
-    columns: the columns of a file without header; empty: it must have one.
-    folder: name of the folder in an archive.
-    rows: how to read a file without header, like csv_rows.
-    """
-
-    files: Mapping[str, str]
-    text: tuple[str, ...]
+    files: Mapping[str, str]  # split -> file name; "all" alone: the driver draws a test set
+    text: tuple[str, ...]  # names that the column has in a header (case does not matter)
     label: tuple[str, ...]
-    labels: tuple[str, ...]
-    columns: tuple[str, ...] = ()
-    folder: str = ""
-    rows: Callable[..., Iterator[tuple[str, list[str]]]] = csv_rows
+    labels: tuple[str, ...]  # what stands in the label column for class 0, 1, ...
+    columns: tuple[str, ...] = ()  # of a file without header; empty: it must have one
+    folder: str = ""  # its name in an archive
+    rows: Callable[..., Iterator[tuple[str, list[str]]]] = csv_rows  # of a file without header
     chunk: int = 0
     about: str = ""
-
-    PEEK = 1000  # rows that tell the numbering of the classes
 
     @property
     def expected(self) -> str:
@@ -526,22 +403,26 @@ class Csv:
             yield from self.read_file(job, split, where, file, table)
 
     def read_file(self, job, split: str, where: str, file, table) -> Iterator[Example]:
-        """table: class by what stands for it, filled by the first rows of the first file."""
+        """table: class by what stands for it, filled by the first rows of the first file: as
+        `labels` says, or from 0 in copies that are numbered so."""
+        count = len(self.labels)
+        from_one = self.labels == tuple(str(i + 1) for i in range(count))
+        borders = ("0", str(count)) if from_one else ()  # of the numberings from 0 and 1, one has
         rows = self._rows(file, where, job.skips)
-        first = list(itertools.islice(rows, self.PEEK))
+        first = list(itertools.islice(rows, 1000))
         if not table:
-            table.update(self._numbering([value for _, value, _ in first]))
+            from_zero = from_one and any(value == "0" for _, value, _ in first)
+            names = map(str, range(count)) if from_zero else self.labels
+            table.update({name: label for label, name in enumerate(names)})
         for row_where, value, text in itertools.chain(first, rows):
             if job.full(split):
                 break
             label = table.get(value)
             if label is not None:
                 yield split, row_where, text.encode("latin-1"), label
-            elif value in self._border():
-                raise UserError(
-                    f"{row_where}: class {value} beside {min(table)} to {max(table)}: which class "
-                    "is which is not certain"
-                )
+            elif value in borders:
+                beside = f"class {value} beside {min(table)} to {max(table)}"
+                raise UserError(f"{row_where}: {beside}: which class is which is not certain")
             else:
                 names = ", ".join(self.labels[:-1])
                 job.skips.skip(row_where, f"the class is not {names} or {self.labels[-1]}")
@@ -554,9 +435,8 @@ class Csv:
             raise UserError(f"{where} is UTF-16: write it again as UTF-8")
         if start[:3] == b"\xef\xbb\xbf":
             file.read(3)
-        line = file.peek(1)[:LONGEST_HEADER].splitlines()[:1]
-        text = b"".join(line).decode("latin-1")
-        header = [name.strip().lower() for name in next(csv.reader([text]), ())]
+        line = b"".join(file.peek(1)[:LONGEST_HEADER].splitlines()[:1]).decode("latin-1")
+        header = [name.strip().lower() for name in next(csv.reader([line]), ())]
         text, label = (
             next((header.index(name) for name in known if name in header), None)
             for known in (self.text, self.label)
@@ -568,10 +448,8 @@ class Csv:
         elif columns:
             text, label = columns.index(self.text[0]), columns.index(self.label[0])
         else:
-            raise UserError(
-                f"{where}: no column {self.text[0]} or no {self.label[0]} in its header "
-                f"{', '.join(header):.200}"
-            )
+            names = f"{self.text[0]} or no {self.label[0]}"
+            raise UserError(f"{where}: no column {names} in its header {', '.join(header):.200}")
         expected = f"expected {', '.join(columns[:-1])} and {columns[-1]}"
         for row_where, row in rows:
             if len(row) == len(columns):
@@ -579,32 +457,22 @@ class Csv:
             else:
                 skips.skip(row_where, f"{len(row)} columns, {expected}")
 
-    def _numbering(self, values: list[str]) -> dict[str, int]:
-        """Class by what stands for it: as `labels` says, or from 0 in copies numbered so."""
-        from_zero = "0" in values and self._border()
-        names = map(str, range(len(self.labels))) if from_zero else self.labels
-        return {name: label for label, name in enumerate(names)}
 
-    def _border(self) -> tuple[str, ...]:
-        """The classes that only one of the numberings from 1 and from 0 has."""
-        count = len(self.labels)
-        numbers = self.labels == tuple(str(i + 1) for i in range(count))
-        return ("0", str(count)) if numbers else ()
+def check_names(where, column: str, names: Sequence[str], expected: Sequence[str]) -> None:
+    """Raises UserError if a label's numbers stand for other names than expected."""
+    if [name.lower() for name in names] != [name.lower() for name in expected]:
+        expected = ", ".join(expected)
+        raise UserError(f"{where} numbers its {column} {', '.join(names)}; expected {expected}")
 
 
 @dataclass(frozen=True)
 class Parquet:
-    """Parquet files as Hugging Face ships data sets: train-00000-of-00002.parquet and so on.
+    """Parquet files as Hugging Face ships data sets: train-00000-of-00002.parquet and so on."""
 
-    payload, label: names of the columns; splits: split of the task -> split in the file names.
-    picture: the payload is a picture ({"bytes": ...}); else a text.
-    """
-
-    payload: str
+    payload: str  # name of the column
     labels: tuple[str, ...]
     label: str = "label"
-    splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
-    picture: bool = False
+    picture: bool = False  # the payload is a picture ({"bytes": ...}), not a text
     chunk: int = 0
     about: str = ""
     expected: str = "folder of parquet files as on Hugging Face"
@@ -617,16 +485,15 @@ class Parquet:
             import pyarrow
             import pyarrow.parquet
         except ImportError as error:
-            raise UserError(
-                f"reading {source} needs pyarrow ({error}): pip install pyarrow"
-            ) from error
-        for split, name in self.splits.items():
-            for path in self._shards(source, name):
+            hint = f"reading {source} needs pyarrow ({error}): pip install pyarrow"
+            raise UserError(hint) from error
+        for split in ("train", "test"):
+            for path in self._shards(source, split):
                 with _naming(path, "parquet file"):
                     try:
                         yield from self._rows(job, split, path, pyarrow.parquet.ParquetFile(path))
                     except pyarrow.ArrowException as error:
-                        raise _damaged(path, "parquet file", "", error) from error
+                        raise damaged(path, "parquet file", error) from error
 
     def _rows(self, job, split: str, path: Path, file) -> Iterator[Example]:
         schema = file.schema_arrow
@@ -634,12 +501,8 @@ class Parquet:
             if column not in schema.names:
                 raise UserError(f"{path} has no column {column}, only {', '.join(schema.names)}")
         about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        names = about.get("info", {}).get("features", {}).get(self.label, {}).get("names")
-        if names is not None and [n.lower() for n in names] != [n.lower() for n in self.labels]:
-            raise UserError(
-                f"{path} numbers its {self.label} {', '.join(names)}; expected "
-                f"{', '.join(self.labels)}"
-            )
+        label = about.get("info", {}).get("features", {}).get(self.label, {})
+        check_names(path, self.label, label.get("names") or self.labels, self.labels)
         number = 0
         for batch in file.iter_batches(1000, columns=[self.payload, self.label]):
             payloads, labels = batch.column(0), batch.column(1).to_pylist()
@@ -659,109 +522,90 @@ class Parquet:
                     yield split, where, payload, label
 
     @staticmethod
-    def _shards(source: Path, name: str) -> list[Path]:
-        pattern = re.compile(rf"(?:^|[-_.]){name}(?:-(\d+)-of-(\d+)(?:-\w+)?)?\.parquet$")
+    def _shards(source: Path, split: str) -> list[Path]:
+        pattern = re.compile(rf"(?:^|[-_.]){split}(?:-(\d+)-of-(\d+)(?:-\w+)?)?\.parquet$")
         found = {p: m for p in sorted(source.rglob("*.parquet")) if (m := pattern.search(p.name))}
-        number = {int(match[2]) if match[2] else 1 for match in found.values()}
+        number = {int(match[2] or 1) for match in found.values()}
         if number != {len(found)}:
-            raise UserError(
-                f"{source} has {len(found)} parquet files of the split {name}, "
-                f"expected {max(number, default='one or more')}"
-            )
+            expected = max(number, default="one or more")
+            have = f"{source} has {len(found)} parquet files of the split {split}"
+            raise UserError(f"{have}, expected {expected}")
         return list(found)
-
-
-# ---- TensorFlow Datasets ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tfds:
-    """A prepared TensorFlow Datasets folder, read without any attempt to download.
+    """A prepared TensorFlow Datasets folder. Nothing is downloaded here: TFDS retries for minutes
+    without a network, and download.py fetches the same data with checks."""
 
-    tensorflow is imported when an example is read, not before. Nothing is downloaded here: TFDS
-    retries for minutes without a network, and download.py fetches the same data with checks.
-
-    name: of the data set, with its configuration if it has several ("imdb_reviews/plain_text").
-    payload, label: features; labels: the names that the label's numbers must stand for.
-    splits: split of the task -> split of TFDS.
-    encoded: the payload is a picture to give as the bytes of its file; identity: the feature that
-        names it.
-    """
-
-    name: str
-    payload: str
-    labels: tuple[str, ...]
+    name: str  # with its configuration if it has several ("imdb_reviews/plain_text")
+    payload: str  # a feature
+    labels: tuple[str, ...]  # the names that the label's numbers must stand for
     label: str = "label"
-    splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
-    encoded: bool = False
-    identity: str = ""
+    test: str = "test"  # name of the split
+    encoded: bool = False  # the payload is a picture to give as the bytes of its file
+    identity: str = ""  # the feature that names it
     batch: int = 256
     chunk: int = 0
     about: str = ""
 
     def find(self, folder: Path) -> Path | None:
-        """Folder of the newest prepared version, None if there is none.
+        """Folder of the newest prepared version, None if there is none, in a folder that holds the
+        data set, or is the data set itself, or a version of it."""
 
-        folder: the one that holds the data set, or the data set itself, or a version of it.
-        """
+        def version(path: Path) -> tuple[int, ...]:
+            return tuple(int(part) for part in path.name.split(".") if part.isdecimal())
+
         name, _, config = self.name.partition("/")
-        for root in (folder / name, folder):
-            for pattern in ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json"):
-                found = [
-                    path.parent
-                    for path in root.glob(pattern)
-                    if name in path.parts
-                    and not path.parent.name.startswith("incomplete.")
-                    and path.parent.parent.name in (name, config)
-                ]
-                if found:
-                    return max(found, key=lambda folder: _version(folder.name))
-        return None
+        found = (
+            path.parent
+            for depth in range(4)
+            for path in folder.glob("*/" * depth + "dataset_info.json")
+            if name in path.parts and path.parent.parent.name in (name, config)
+        )
+        whole = (place for place in found if not place.name.startswith("incomplete."))
+        return max(whole, key=version, default=None)
 
     def read(self, job, folder: Path) -> Iterator[Example]:
-        for split, name in self.splits.items():
+        for split, name in (("train", "train"), ("test", self.test)):
             for number, row in enumerate(self._rows(folder, name)):
                 if job.full(split):
                     break
                 which = row[self.identity].decode() if self.identity else number
-                where = f"{folder} {name}/{which}"
-                yield split, where, row[self.payload], int(row[self.label])
+                yield split, f"{folder} {name}/{which}", row[self.payload], int(row[self.label])
 
     def _rows(self, folder: Path, split: str) -> Iterator[dict[str, Any]]:
-        """Examples, file after file, as dicts of bytes and NumPy values.
-
-        Raises: UserError if tensorflow is not installed, the split is missing, the labels have
-            another order or a file is damaged.
-        """
+        """Examples, file after file, as dicts of bytes and NumPy values. Raises: UserError if
+        tensorflow or the split is missing, the labels have another order, a file is damaged."""
         # none of its notes on the hardware; what goes wrong is raised
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         try:
             import tensorflow as tf
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise UserError(
-                f"reading {folder} needs tensorflow and tensorflow-datasets ({error}): "
-                "pip install -r requirements.txt, or use --source with the original files"
-            ) from error
+            need = f"reading {folder} needs tensorflow and tensorflow-datasets ({error})"
+            todo = "pip install -r requirements.txt, or use --source with the original files"
+            raise UserError(f"{need}: {todo}") from error
         # reading data must not take a GPU's memory from somebody's training
         tf.config.set_visible_devices([], "GPU")
+
+        def broken(what: str, error: Exception) -> UserError:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            return UserError(f"{folder} is damaged or incomplete ({what}: {reason})")
+
         # tfds, tensorflow and protobuf raise many kinds of exceptions for one thing: damage
         try:
-            builder = tfds.builder_from_directory(str(folder))
+            info = tfds.builder_from_directory(str(folder)).info
         except Exception as error:
-            raise _damaged_tfds(folder, "its metadata", error) from error
-        info, features = builder.info, builder.info.features
+            raise broken("its metadata", error) from error
         if split not in info.splits:
             raise UserError(f"{folder} has no split {split}, only {sorted(info.splits)}")
+        features = info.features
         keys = [key for key in (self.payload, self.label, self.identity) if key]
         for key in keys:
             if key not in features:
                 raise UserError(f"{folder} has no feature {key}")
-        if list(features[self.label].names) != list(self.labels):
-            raise UserError(
-                f"{folder} numbers its {self.label} {', '.join(features[self.label].names)}; "
-                f"expected {', '.join(self.labels)}"
-            )
+        check_names(folder, self.label, features[self.label].names, self.labels)
         if info.file_format != tfds.core.FileFormat.TFRECORD:
             raise UserError(f"{folder} is not in TFDS's tfrecord format; prepare it in that")
         # parsing whole batches takes a tenth of the time of `as_dataset`, which parses one by one
@@ -770,7 +614,7 @@ class Tfds:
             for key in keys
         }
         decode = not self.encoded and isinstance(features[self.payload], tfds.features.Image)
-        count = 0
+        count, expected = 0, info.splits[split].num_examples
         try:
             paths = [str(path) for path in info.splits[split].filepaths]
             records = tf.data.TFRecordDataset(paths).batch(self.batch)
@@ -788,16 +632,6 @@ class Tfds:
         except tf.errors.PermissionDeniedError as error:
             raise PermissionError(errno.EACCES, "Permission denied", str(folder)) from error
         except Exception as error:
-            raise _damaged_tfds(folder, split, error) from error
-        if count != info.splits[split].num_examples:
-            expected = info.splits[split].num_examples
+            raise broken(split, error) from error
+        if count != expected:
             raise UserError(f"{folder} {split} holds {count:,} of {expected:,} examples")
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdecimal())
-
-
-def _damaged_tfds(folder: Path, what: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{folder} is damaged or incomplete ({what}: {reason})")

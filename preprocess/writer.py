@@ -1,7 +1,7 @@
 """Writes the data pickles of a task and its manifest, all of them or none.
 
-A data pickle is a list of dicts (docs/data.md, "The files"). `SplitWriter` streams it to disk one
-example at a time, so memory stays the same for ten examples or ten million:
+A data pickle is a list of dicts (docs/data.md, "The files"), streamed to disk one example at a
+time, so memory stays the same for ten examples or ten million:
 
     with writer.open_set(output_dir, "lra-text", ("train", "dev", "test")) as files:
         files["train"].add(input_ids_0=ids, label=np.int64(1))
@@ -18,6 +18,7 @@ import io
 import os
 import shutil
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -27,18 +28,13 @@ from training.data import manifest
 from training.errors import UserError
 from training.recording.files import open_locked, sync, sync_folder
 
-BATCH = (
-    1000  # items between two APPENDS, as the standard pickler does: bounds the unpickler's stack
-)
-
+# items between two APPENDS, as the standard pickler does: bounds the unpickler's stack
+BATCH = 1000
 # Threads hash and write blocks of this size while the next examples are made: a third of the time
 # of lra-retrieval otherwise.
 BLOCK = 2 << 20
 # And send them to the disk after this many bytes: at the end little is left to wait for.
 SYNC = 16 << 20
-
-
-# ---- the pickle ---------------------------------------------------------------------------------
 
 
 def _text(value: str) -> bytes:
@@ -71,17 +67,14 @@ _SHARED = (
 _RECONSTRUCT, _ARGUMENTS, _INT32, _INT64, _SCALAR, _IDS_0, _IDS_1, _LABEL = (
     b"h" + bytes([i]) for i in range(len(_SHARED))
 )
-_HEADER = (
-    b"\x80\x04" + b"".join(part + b"\x940" for part in _SHARED) + b"]"
-)  # MEMOIZE POP ... EMPTY_LIST
+# PROTO 4, MEMOIZE POP for each, EMPTY_LIST
+_HEADER = b"\x80\x04" + b"".join(part + b"\x940" for part in _SHARED) + b"]"
 
 
 def _array(ids: np.ndarray) -> tuple:
     """Parts of an array's opcodes; its data is not copied."""
     if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or ids.ndim != 1:
-        raise TypeError(
-            f"ids must be a one-dimensional int32 array, not {type(ids).__name__} {ids!r:.80}"
-        )
+        raise TypeError(f"ids must be int32 [n], not {type(ids).__name__} {ids!r:.80}")
     data = np.ascontiguousarray(ids, dtype="<i4").data
     head = _RECONSTRUCT + _ARGUMENTS + b"R(K\x01J" + struct.pack("<i", len(ids))
     return head, b"\x85" + _INT32 + b"\x89B" + struct.pack("<I", data.nbytes), data, b"tb"
@@ -109,22 +102,16 @@ def encode_example(input_ids_0: np.ndarray, label, input_ids_1: np.ndarray | Non
 
 
 class SplitWriter:
-    """Streams `<output_dir>/<task>.<split>.pickle`, which appears when the `with` block succeeds.
+    """Streams `<output_dir>/<task>.<split>.pickle`, as `<name>.part` until it is published. What a
+    killed run left there is overwritten; of two runs at once the second stops. Raises: UserError
+    if the file cannot be made or if no example was added; OSError (disk full)."""
 
-    Until then it is `<name>.part`, removed on any error. What a killed run left there is
-    overwritten, and that is said. Two runs
-    at once: the second stops. Attributes: path, count (examples so far).
-    Raises: UserError if the file cannot be made or if no example was added; OSError (disk full)
-    from `add` or at the end.
-    """
-
-    def __init__(
-        self, output_dir, task: str, split: str, *, notify: Callable[[str], None] = print
-    ):
-        self.path = Path(output_dir) / f"{task}.{split}.pickle"
-        self.count = 0
-        self._notify = notify
-        self._part = self.path.with_name(self.path.name + ".part")
+    def __init__(self, output_dir: Path, task: str, split: str, notify: Callable[[str], None]):
+        self.path = output_dir / f"{task}.{split}.pickle"
+        self.part = output_dir / f"{task}.{split}.pickle.part"
+        self.count = 0  # examples so far
+        # what was written, for who writes it: labels, and a fingerprint of each example
+        self.labels, self.prints = array("i"), array("q")
         # filled in turn and used again: fresh memory for each block costs more than filling it
         self._blocks = [io.BytesIO(_HEADER), io.BytesIO()]
         self._blocks[0].seek(0, os.SEEK_END)
@@ -133,31 +120,24 @@ class SplitWriter:
         self._unsynced = 0
         self._writing: list[concurrent.futures.Future] = []
         self._syncing: list[concurrent.futures.Future] = []
-        self._threads = concurrent.futures.ThreadPoolExecutor(3)
-        self._file = self._open()
-
-    def _open(self):
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open_locked(self._part, buffering=1 << 20)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self._file = open_locked(self.part, buffering=1 << 20)
         except BlockingIOError:
             raise UserError(f"{self.path}: another run is writing this file") from None
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
-        if file.tell() > 0:
-            self._notify(f"{self._part} was left by a run that did not finish: started anew")
-            file.truncate(0)
-        return file
+        if self._file.tell() > 0:
+            notify(f"{self.part} was left by a run that did not finish: started anew")
+            self._file.truncate(0)
+        self._threads = concurrent.futures.ThreadPoolExecutor(3)
 
     def add(self, input_ids_0: np.ndarray, label, input_ids_1: np.ndarray | None = None) -> None:
         """One example: int32 arrays of the padded length; label np.int64, np.int32 or int."""
-        self._add(_example(input_ids_0, label, input_ids_1))
+        self.add_encoded(*_example(input_ids_0, label, input_ids_1))
 
-    def add_encoded(self, example: bytes) -> None:
+    def add_encoded(self, *parts: bytes) -> None:
         """One example that `encode_example` made."""
-        self._add((example,))
-
-    def _add(self, parts: tuple) -> None:
         write = self._blocks[0].write
         if self.count % BATCH == 0:
             write(b"e(" if self.count else b"(")
@@ -183,7 +163,7 @@ class SplitWriter:
         self._blocks[0].seek(0)
         if self._unsynced >= SYNC and all(work.done() for work in self._syncing):
             self._wait(*self._syncing)
-            self._syncing = [self._threads.submit(sync, self._file, self._part)]
+            self._syncing = [self._threads.submit(sync, self._file, self.part)]
             self._unsynced = 0
 
     def _wait(self, *works: concurrent.futures.Future) -> None:
@@ -191,7 +171,7 @@ class SplitWriter:
             try:
                 work.result()  # raises what the disk refused: the system reports that only once
             except OSError as error:
-                error.filename = error.filename or str(self._part)
+                error.filename = error.filename or str(self.part)
                 raise
 
     def finish(self) -> None:
@@ -203,7 +183,7 @@ class SplitWriter:
         self._wait(*self._writing, *self._syncing)
         self._threads.shutdown()
         self._file.flush()
-        sync(self._file, self._part)
+        sync(self._file, self.part)
 
     def facts(self) -> dict:
         """What the manifest says about the finished file."""
@@ -212,111 +192,87 @@ class SplitWriter:
 
     def publish(self) -> None:
         """The file under its name."""
-        os.replace(self._part, self.path)
+        os.replace(self.part, self.path)
         self._file.close()
 
     def discard(self) -> None:
-        """Nothing remains."""
+        """Nothing remains, unless it is published."""
+        if self._file.closed:
+            return
         with contextlib.suppress(OSError):
-            os.unlink(self._part)  # first: a close that fails (full disk) must not keep it
+            os.unlink(self.part)  # first: a close that fails (full disk) must not keep it
         # before its file number belongs to another file
         self._threads.shutdown(cancel_futures=True)
         with contextlib.suppress(OSError):
             self._file.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        with _discarding([self]):
-            if error is not None:
-                self.discard()
-                return
-            self.finish()
-            self.publish()
-            sync_folder(self.path.parent)
-
-
-@contextlib.contextmanager
-def _discarding(writers: Iterable[SplitWriter]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for writer in writers:
-            if not writer._file.closed:
-                writer.discard()
-        raise
-
-
-class DataSet(dict[str, SplitWriter]):
-    """A task's SplitWriters by split name; `facts` is what the manifest says besides the files.
-
-    before_publishing: called when all files are on the disk, none under its name yet; what it
-    raises leaves everything as it was.
-    """
-
-    def __init__(self):
-        self.facts: dict = {"about": [], "trial": "", "warnings": []}
-        self.before_publishing: Callable[[], None] = lambda: None
-
 
 @contextlib.contextmanager
 def open_set(
-    output_dir, task: str, splits: Iterable[str] = ("train", "dev", "test"), *, notify=print
-) -> Iterator[DataSet]:
-    """A task's files, which appear at the end of the block, or none: the pickles, then the
-    manifest `<task>.json`. Without a split dev, dev is test's file: a hard link, or a copy.
+    output_dir,
+    task: str,
+    splits: Iterable[str] = ("train", "dev", "test"),
+    facts: Callable[[], dict] = lambda: {"about": [], "trial": "", "warnings": []},
+    *,
+    notify: Callable[[str], None] = print,
+) -> Iterator[dict[str, SplitWriter]]:
+    """A task's files by split, which appear at the end of the block, or none: the pickles, then
+    the manifest `<task>.json`. With test and without dev, dev is test's file: a link, or a copy.
 
     While the pickles get their names the manifest says so: whoever finds it in that state knows
-    that a killed run left a mixture.
-    """
-    folder, files = Path(output_dir), DataSet()
-    with _discarding(files.values()):
+    that a killed run left a mixture. facts: called when all files are on the disk, none under its
+    name yet, for what the manifest says besides; what it raises leaves everything as it was."""
+    folder, files = Path(output_dir), {}
+    # of test, as dev; not dev's .part: what a kill leaves would be the same file as test's
+    copy = folder / f"{task}.dev.pickle.copy"
+    try:
         for split in splits:
-            files[split] = SplitWriter(folder, task, split, notify=notify)
+            files[split] = SplitWriter(folder, task, split, notify)
+        copy.unlink(missing_ok=True)
         yield files
         for file in files.values():
             file.finish()
-        files.before_publishing()
-        facts = {split: file.facts() for split, file in files.items()}
-        with _dev_beside(files) as publish_dev:
-            manifest.write(folder, task, {"replacing": True})
-            for file in files.values():
-                file.publish()
-            publish_dev()
-        if "dev" not in facts:
-            facts["dev"] = facts["test"]
+        about = facts()
+        found = {split: file.facts() for split, file in files.items()}
+        same = "dev" not in files and "test" in files
+        if same:
+            found["dev"] = found["test"]
+            _duplicate(files["test"].part, copy)
+        manifest.write(folder, task, {"replacing": True})
+        for file in files.values():
+            file.publish()
+        if same:
+            os.replace(copy, copy.with_suffix(""))
         sync_folder(folder)
-        manifest.write(folder, task, files.facts | {"splits": facts})
-    for split, fact in facts.items():
-        path = folder / f"{task}.{split}.pickle"
-        same = " (the same file as test)" if split not in files else ""
+        manifest.write(folder, task, about | {"splits": found})
+    except BaseException:
+        for file in files.values():
+            file.discard()
+        copy.unlink(missing_ok=True)
+        raise
+    for split, fact in found.items():
+        note = "" if split in files else " (the same file as test)"
         notify(
-            f"{path}: {fact['examples']:,} examples, {fact['size'] / 1e6:,.1f} MB, "
-            f"sha256 {fact['sha256']}{same}"
+            f"{folder / f'{task}.{split}.pickle'}: {fact['examples']:,} examples, "
+            f"{fact['size'] / 1e6:,.1f} MB, sha256 {fact['sha256']}{note}"
         )
 
 
-@contextlib.contextmanager
-def _dev_beside(files: DataSet) -> Iterator[Callable[[], None]]:
-    """Makes test's file ready as dev's, if dev has none; gives the function that names it."""
-    if "dev" in files:
-        yield lambda: None
-        return
-    test, dev = files["test"]._part, files["test"].path
-    dev = dev.with_name(dev.name.replace(".test.", ".dev."))
-    part = dev.with_name(dev.name + ".part")
+def _duplicate(path: Path, copy: Path) -> None:
     try:
-        part.unlink(missing_ok=True)
-        try:
-            os.link(test, part)
-        except OSError:  # a file system without links
-            shutil.copyfile(test, part)
-            with open(part, "rb") as copy:
-                sync(copy, part)
-        yield lambda: os.replace(part, dev)
-    finally:
-        part.unlink(missing_ok=True)
+        os.link(path, copy)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, copy)
+        with open(copy, "rb") as file:
+            sync(file, copy)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_free_space(output_dir, num_bytes: int) -> None:
@@ -326,7 +282,5 @@ def check_free_space(output_dir, num_bytes: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise UserError(
-            f"{output_dir} needs {num_bytes / 1e9:,.1f} GB, "
-            f"only {free / 1e9:,.1f} GB are free on its disk"
-        )
+        needs = f"needs {num_bytes / 1e9:,.1f} GB, only {free / 1e9:,.1f} GB are free on its disk"
+        raise UserError(f"{output_dir} {needs}: make room")

@@ -439,7 +439,7 @@ BAD_SOURCES = {
     "no class": (without("test/ship/"), "holds no pictures in test/ship (expected:"),
     "no test": (without("test/"), "holds no pictures in test/airplane"),
     "another class": (moved("/frog/", "/toad/"), "train/toad is none of airplane, automobile"),
-    "another split": (moved("test/", "val/"), "is not below train/<class>/ or test/<class>/"),
+    "another split": (moved("test/", "val/"), "is not below {train,test}/<class>/"),
     "no split": (moved("train/", ""), "holds no pictures in train/airplane"),
     "batch missing": (changed("data_batch_3.bin", None), "lacks data_batch_3 of the original"),
     "test missing": (changed("test_batch.bin", None), "lacks test_batch of the original"),

@@ -3,7 +3,6 @@
 import io
 import pickle
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -246,8 +245,6 @@ def test_metadata_of_another_level_is_noticed(tmp_path, capsys):
 
 def test_path_x_is_the_same_with_larger_pictures(tmp_path):
     """From an archive that has both sizes; those of another size are a fault there."""
-    from preprocess.tasks import pathx
-
     rows = _release()[f"{NAME}/metadata/0.npy"]
     pixels = {
         k: np.random.default_rng(k).integers(0, 256, (128, 128), np.uint8) for k in range(10)
@@ -257,7 +254,7 @@ def test_path_x_is_the_same_with_larger_pictures(tmp_path):
     files = _release() | files | {f"{folder}/metadata/0.npy": rows}
     (tmp_path / "a.gz").write_bytes(preparing.tar(files))
     options = ("--source", tmp_path / "a.gz", "--output_dir", tmp_path / "out", "--workers", 1)
-    assert preparing.run(pathx.TASK, *options) == 0
+    assert preparing.run(create_pathfinder.PATH_X, *options) == 0
     found = []
     for split in ("train", "dev", "test"):
         with open(tmp_path / f"out/lra-pathx-{LEVELS[1]}.{split}.pickle", "rb") as file:
@@ -364,32 +361,21 @@ def _damage(data: bytes, rng: random.Random) -> bytes:
 # ---- the generator ----------------------------------------------------------------------------
 
 
-def test_drawn_pictures_do_not_depend_on_workers_and_read_back(tmp_path):
-    """--release_dir writes what --source reads: the same examples in the same splits."""
+def test_drawn_pictures_do_not_depend_on_workers(tmp_path):
     common = ("--generate", "--level", "curv_baseline", "--count", 600, "--seed", 5)
-    for workers, out in ((1, "one"), (2, "two")):
-        options = ("--output_dir", tmp_path / out, "--workers", workers)
-        options += ("--release_dir", tmp_path / "release") if workers == 2 else ()
+    for workers in (1, 2):
+        options = ("--output_dir", tmp_path / str(workers), "--workers", workers)
         assert preparing.run(create_pathfinder.TASK, *common, *options) == 0
-    one = _bytes(tmp_path / "one")
-    assert one == _bytes(tmp_path / "two")
-    options = ("--source", tmp_path / "release", "--output_dir", tmp_path / "back", "--seed", 5)
-    assert _run(*options) == 0
-    assert one == _bytes(tmp_path / "back")
-    found = _read(tmp_path / "one", "curv_baseline")
+    assert _bytes(tmp_path / "1") == _bytes(tmp_path / "2")
+    found = _read(tmp_path / "1", "curv_baseline")
     assert [len(rows) for rows in found.values()] == [480, 60, 60]
     assert len({ids for rows in found.values() for ids, _ in rows}) == 600, "no picture twice"
-    folder = tmp_path / "release" / "pathfinder32" / "curv_baseline"
-    row = (folder / "metadata" / "0.npy").read_text().splitlines()[507].split(" ")
-    assert row[:3] == ["imgs/0", "sample_507.png", "507"] and row[3] in ("0", "1")
-    assert row[4:] == ["1.8", "6", "2", "2", "1", "1", "1"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--generate", "--source", "x"), "not allowed with argument --generate"),
-        (("--release_dir", "x"), "--release_dir is for --generate"),
         (("--generate", "--seed", "-1"), "argument --seed: -1 is not between"),
         (("--generate", "--count", "0"), "0 is not at least 1"),
         (("--level", "hard"), "invalid choice: 'hard'"),
@@ -400,25 +386,17 @@ def test_wrong_options(capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_an_existing_release_dir_is_not_overwritten(tmp_path, capsys):
-    (tmp_path / "r" / "pathfinder32" / LEVELS[0]).mkdir(parents=True)
-    options = ("--release_dir", tmp_path / "r", "--output_dir", tmp_path / "out")
-    assert _run("--generate", "--count", 10, *options) == 2
-    assert "exists: remove it or name another --release_dir" in capsys.readouterr().err
-
-
 def test_interrupted_drawing_leaves_nothing(tmp_path):
     script = ROOT / "preprocess" / "create_pathfinder.py"
     command = [sys.executable, script, "--generate", "--output_dir", tmp_path / "out"]
-    command += ["--release_dir", tmp_path / "r", "--level", "curv_baseline", "--workers", "1"]
+    command += ["--level", "curv_baseline", "--workers", "1"]
     process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
-    part = tmp_path / "r" / "pathfinder32" / "curv_baseline.part"
     deadline = time.monotonic() + 60
-    while not (part / "metadata" / "0.npy").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "out").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(1)  # of the minutes that drawing takes
     process.terminate()
     _, error = process.communicate(timeout=30)
     assert process.returncode == 143
     assert error == "terminated: nothing half-written is left, run it again to start anew\n"
-    assert list((tmp_path / "out").iterdir()) == [] and not part.exists()
-    shutil.rmtree(tmp_path / "r")
+    assert list((tmp_path / "out").iterdir()) == []

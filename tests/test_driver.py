@@ -67,8 +67,9 @@ def silent(text: str) -> None:
 
 
 def router_of(**options):
-    options = {"limit": None, "seed": 0, "dev_from_train": None} | options
-    return driver.Router(text_task.TASK, argparse.Namespace(**options))
+    defaults = {"limit": None, "seed": 0, "dev_from_train": None, "on_error": "stop"}
+    options = defaults | options
+    return driver.Job(text_task.TASK, argparse.Namespace(**options))
 
 
 def count(router, stream):

@@ -1,5 +1,6 @@
 """preprocess/writer.py: pickles that everybody reads, whole or not at all."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -24,6 +25,13 @@ def silent(text: str) -> None:
     pass
 
 
+@contextlib.contextmanager
+def one(folder: Path, notify=silent):
+    """The writer of lra-x.dev.pickle, alone in its set."""
+    with writer.open_set(folder, "lra-x", ("dev",), notify=notify) as files:
+        yield files["dev"]
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -40,10 +48,10 @@ labels = st.one_of(
 @settings(deadline=None)
 def test_pickle_reads_what_was_added(tmp_path_factory, examples):
     folder = tmp_path_factory.mktemp("x")
-    with writer.SplitWriter(folder, "lra-x", "train", notify=silent) as out:
+    with one(folder) as out:
         for first, second, label in examples:
             out.add(input_ids_0=first, label=label, input_ids_1=second)
-    with open(folder / "lra-x.train.pickle", "rb") as file:
+    with open(folder / "lra-x.dev.pickle", "rb") as file:
         read = pickle.load(file)
     for item, (first, second, label) in zip(read, examples, strict=True):
         expected = {"input_ids_0": first, "input_ids_1": second, "label": label}
@@ -76,7 +84,7 @@ def test_a_list_longer_than_a_batch(tmp_path, monkeypatch, block):
 
 
 def test_names_that_numpy_1_and_2_both_read(tmp_path):
-    with writer.SplitWriter(tmp_path, "lra-x", "train", notify=silent) as out:
+    with one(tmp_path) as out:
         out.add(input_ids_0=np.zeros(3, np.int32), label=np.int64(1))
     data = out.path.read_bytes()
     assert data[:2] == b"\x80\x04" and b"numpy.core.multiarray" in data and b"_core" not in data
@@ -85,7 +93,7 @@ def test_names_that_numpy_1_and_2_both_read(tmp_path):
 def test_constant_memory(tmp_path):
     row = np.zeros(1024, np.int32)
     tracemalloc.start()
-    with writer.SplitWriter(tmp_path, "lra-x", "train", notify=silent) as out:
+    with one(tmp_path) as out:
         for i in range(10_000):
             out.add(input_ids_0=row, label=np.int64(i))
     peak = tracemalloc.get_traced_memory()[1]
@@ -116,16 +124,16 @@ def add_one(out: writer.SplitWriter) -> None:
 
 
 def test_the_file_appears_at_the_end(tmp_path):
-    with writer.SplitWriter(tmp_path / "a" / "b", "lra-x", "dev", notify=silent) as out:
+    with one(tmp_path / "a" / "b") as out:
         add_one(out)
         assert names(out.path.parent) == ["lra-x.dev.pickle.part"]
-    assert names(out.path.parent) == ["lra-x.dev.pickle"]
+    assert names(out.path.parent) == ["lra-x.dev.pickle", "lra-x.json"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
 def test_an_error_leaves_the_old_file(tmp_path, error):
     (tmp_path / "lra-x.dev.pickle").write_text("old")
-    with pytest.raises(error), writer.SplitWriter(tmp_path, "lra-x", "dev", notify=silent) as out:
+    with pytest.raises(error), one(tmp_path) as out:
         add_one(out)
         raise error
     assert names(tmp_path) == ["lra-x.dev.pickle"] and out.path.read_text() == "old"
@@ -164,7 +172,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, where):
 
     with (
         pytest.raises(OSError, match="No space left"),
-        writer.SplitWriter(tmp_path, "lra-x", "dev", notify=silent) as out,
+        one(tmp_path) as out,
     ):
         add_one(out)
         if where == "fsync":
@@ -188,7 +196,7 @@ def test_a_disk_that_refuses_early_is_not_forgotten(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", once)
     with (
         pytest.raises(OSError, match="Input/output error"),
-        writer.SplitWriter(tmp_path, "lra-x", "dev", notify=silent) as out,
+        one(tmp_path) as out,
     ):
         add_one(out)
     assert len(calls) == 1 and names(tmp_path) == []
@@ -203,11 +211,11 @@ def array(i):
     return np.zeros(1024, np.int32)
 def run():
     with (
-        writer.SplitWriter({folder!r}, "lra-x", "dev") as out,
+        writer.open_set({folder!r}, "lra-x", ("dev",)) as files,
         parallel.map_ordered(array, range(9000), {workers}) as arrays,
     ):
         for ids in arrays:
-            out.add(input_ids_0=ids, label=1)
+            files["dev"].add(input_ids_0=ids, label=1)
 if __name__ == "__main__":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000,) * 2)
@@ -230,17 +238,36 @@ def test_a_limited_file_size(tmp_path, workers):
 def test_the_rest_of_a_killed_run_is_said_and_replaced(tmp_path):
     (tmp_path / "lra-x.dev.pickle.part").write_bytes(b"x" * 10_000)
     notices = []
-    with writer.SplitWriter(tmp_path, "lra-x", "dev", notify=notices.append) as out:
+    with one(tmp_path, notices.append) as out:
         add_one(out)
-    assert "did not finish: started anew" in notices[0] and names(tmp_path) == ["lra-x.dev.pickle"]
+    assert "did not finish: started anew" in notices[0]
+    assert names(tmp_path) == ["lra-x.dev.pickle", "lra-x.json"]
     assert len(safe_pickle.load(out.path)) == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_link_that_a_killed_run_left(tmp_path):
+    """Killed between the link that makes test's file dev's and their names: a run with a dev of
+    its own takes it for no file of its own."""
+    if os.fork() == 0:
+        os.replace = lambda *names: os._exit(0)
+        with writer.open_set(tmp_path, "lra-x", ("train", "test"), notify=silent) as files:
+            for out in files.values():
+                add_one(out)
+        os._exit(1)
+    assert os.wait()[1] == 0
+    with writer.open_set(tmp_path, "lra-x", notify=silent) as files:
+        for out in files.values():
+            add_one(out)
+    pickles = [f"lra-x.{split}.pickle" for split in ("dev", "test", "train")]
+    assert [name for name in names(tmp_path) if "pickle" in name] == pickles
+
+
 def test_two_runs_at_once(tmp_path):
-    with writer.SplitWriter(tmp_path, "lra-x", "dev", notify=silent) as out:
+    with one(tmp_path) as out:
         add_one(out)
         with pytest.raises(ValueError, match="another run is writing this file"):
-            writer.SplitWriter(tmp_path, "lra-x", "dev")
+            writer.SplitWriter(tmp_path, "lra-x", "dev", silent)
     assert len(safe_pickle.load(out.path)) == 1
 
 

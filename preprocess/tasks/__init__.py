@@ -1,21 +1,17 @@
-"""The tasks: one module with a record TASK each."""
+"""The tasks: a module with a record each."""
 
 import importlib
 
-MODULES = {
-    "lra-image": "image",
-    "lra-listops": "listops",
-    "lra-text": "text",
-    "lra-retrieval": "retrieval",
-    "lra-pathfinder": "pathfinder",
-    "lra-pathx": "pathx",
+SAME = ("image", "listops", "text", "retrieval", "pathfinder", "nature")
+MODULES = {f"lra-{name}": name for name in SAME} | {
     "lra-news1": "news",
     "lra-yelp1": "yelp",
-    "lra-nature": "nature",
+    "lra-pathx": "pathfinder.PATH_X",
     "planted": "planted",
 }
 
 
 def load(name: str):
     """The record of a task."""
-    return importlib.import_module(f"preprocess.tasks.{MODULES[name]}").TASK
+    module, _, record = MODULES[name].partition(".")
+    return getattr(importlib.import_module(f"preprocess.tasks.{module}"), record or "TASK")

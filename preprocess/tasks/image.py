@@ -4,11 +4,9 @@
     python preprocess/create_cifar10.py --source cifar-10-binary.tar.gz   # or -python, or unpacked
     python preprocess/create_cifar10.py --source cifar10_images.zip       # train/cat/0001.jpg ...
 
-The reference takes the last 10 % of the training split, in the order of TFDS, as development set.
-That order is known (`tfds_order`), so the original archives give the very same pickles without
-tensorflow. Folders of pictures have no such numbers: there the last 10 % of each class by file
-name are the development set; of parquet files, the last 10 % of the rows. Source: docs/data.md,
-"lra-image".
+The development set is the last 10 % of the training split in the order of TFDS; of folders of
+pictures, the last 10 % of each class by file name; of parquet files, the last 10 % of the rows.
+Source: docs/data.md, "lra-image".
 """
 
 import hashlib
@@ -39,14 +37,11 @@ TRAIN_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_BATCH = "test_batch"
 BATCH = re.compile(r"(?:^|/)(data_batch_\d|test_batch)(?:\.bin)?$")
 
-Table = tuple[np.ndarray, np.ndarray]  # gray uint8 [n, 1024], labels uint8 [n]
-
 
 def encode_picture(payload) -> np.ndarray:
     """Ids of gray values (uint8 [1024]) or of a picture file."""
-    if isinstance(payload, np.ndarray):
-        return encode.pixels(payload)
-    return encode.picture(payload, _decode, MAX_FILE)
+    isarray = isinstance(payload, np.ndarray)
+    return encode.pixels(payload if isarray else encode.picture(payload, _decode, MAX_FILE))
 
 
 def _decode(image) -> np.ndarray:
@@ -55,21 +50,16 @@ def _decode(image) -> np.ndarray:
     return encode.gray(np.asarray(image.convert("RGB")))
 
 
-# ---- tables: the original batches, TFDS, parquet ------------------------------------------------
-
-
 def tfds_order(split: str, count: int) -> list[int]:
-    """Position in the original archive of each example of a prepared TFDS split, in its order.
-
-    TFDS sorts by md5 of the split's name and the example's number. Checked: the published train
-    split begins with train_16399, train_01680, train_47917.
-    """
+    """Position in the original archive of each example of a prepared TFDS split, in its order: by
+    md5 of the split's name and the number. So the archive gives the very same pickles. (Checked:
+    the published split begins with train_16399, train_01680, train_47917.)"""
     return sorted(range(count), key=lambda i: hashlib.md5(f"{split}{i}".encode()).digest())
 
 
 def read_batches(job, source: Path) -> Iterator[sources.Example]:
     """The original batches of a folder or archive, in the order of TFDS."""
-    found: dict[str, Table] = {}
+    found = {}
     for member in sources.files(source, BATCH.search):
         name = BATCH.search(member.name)[1]
         if name not in found:
@@ -99,8 +89,8 @@ def _cut(split: str, where: str, rows, count: int) -> Iterator[sources.Example]:
         yield target, where, payload, label
 
 
-def read_batch(data: bytes, where: str) -> Table:
-    """One batch, in either of the two published forms. Raises UserError."""
+def read_batch(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Gray values uint8 [n, 1024] and labels uint8 [n] of a batch, in either published form."""
     if data[:1] == b"\x80":
         batch = safe_pickle.load_value(io.BytesIO(data), where)
         if not isinstance(batch, dict) or not {"data", "labels"} <= batch.keys():
@@ -125,40 +115,33 @@ def read_batch(data: bytes, where: str) -> Table:
     return encode.gray(planes.reshape(-1, 3, PIXELS).transpose(0, 2, 1)), table
 
 
-def _cut_rows(rows: Iterator[sources.Example], where: str) -> Iterator[sources.Example]:
+class _CutRows:
     """TFDS's or parquet's rows: train is cut when all of it has been read."""
-    for split, examples in itertools.groupby(rows, lambda example: example[0]):
-        table = [(_small(payload), label) for _, _, payload, label in examples]
-        yield from _cut(split, where, table, len(table))
 
-
-def _small(payload) -> np.ndarray | bytes:
-    return encode.gray(payload).reshape(-1) if isinstance(payload, np.ndarray) else payload
-
-
-class _Tfds(sources.Tfds):
-    def read(self, job, folder: Path) -> Iterator[sources.Example]:
-        return _cut_rows(super().read(job, folder), str(folder))
-
-
-class _Parquet(sources.Parquet):
     def read(self, job, source: Path) -> Iterator[sources.Example]:
-        return _cut_rows(super().read(job, source), str(source))
+        for split, rows in itertools.groupby(super().read(job, source), lambda row: row[0]):
+            table = [
+                (encode.gray(p).reshape(-1) if isinstance(p, np.ndarray) else p, label)
+                for _, _, p, label in rows
+            ]
+            yield from _cut(split, str(source), table, len(table))
 
 
-# ---- folders of pictures ------------------------------------------------------------------------
+class _Tfds(_CutRows, sources.Tfds): ...
+
+
+class _Parquet(_CutRows, sources.Parquet): ...
 
 
 def read_pictures(job, source: Path) -> Iterator[sources.Example]:
     """Pictures train/<class>/ and test/<class>/, in a seeded order; dev = the last 10 % of each
     training class."""
-    found, others = list_pictures(source)
-    options = job.options
-    for number, (split, pictures) in enumerate(arrange(found).items()):
-        taken = BalancedLimit(options.limit, len(CLASSES))
+    splits, others = list_pictures(source)
+    for number, (split, pictures) in enumerate(splits.items()):
+        taken = BalancedLimit(job.options.limit, len(CLASSES))
         pictures = [picture for picture in pictures if taken.take(picture[1])]
         # Raw draws keep their sequence in every NumPy, those of its `permutation` may change.
-        draws = np.random.PCG64(np.random.SeedSequence([options.seed, number]))
+        draws = np.random.PCG64(np.random.SeedSequence([job.options.seed, number]))
         for i in np.argsort(draws.random_raw(len(pictures)), kind="stable"):
             member, label = pictures[i]
             yield split, member.where, member, label
@@ -166,12 +149,9 @@ def read_pictures(job, source: Path) -> Iterator[sources.Example]:
         print(f"ignored {others:,} files that are no pictures")
 
 
-def list_pictures(source: Path) -> tuple[dict[str, dict[str, list[sources.Member]]], int]:
-    """split -> class -> picture files by name; and how many other files there are.
-
-    Raises: UserError if the folders are not train/<class>/ and test/<class>/ with the ten
-    classes, or hold a picture twice.
-    """
+def list_pictures(source: Path) -> tuple[dict[str, list[tuple[sources.Member, int]]], int]:
+    """split -> (picture file, label) by class and name; and how many other files there are.
+    Raises: UserError if the folders are other ones or hold a picture twice."""
     found: dict[str, dict[str, dict[str, sources.Member]]] = {"train": {}, "test": {}}
     others = 0
     for member in sources.files(source):
@@ -181,40 +161,24 @@ def list_pictures(source: Path) -> tuple[dict[str, dict[str, list[sources.Member
             others += 1
             continue
         if parts[-3] not in found:
-            raise UserError(
-                f"{source}: {member.name} is not below train/<class>/ or test/<class>/"
-            )
+            raise UserError(f"{source}: {member.name} is not below {{train,test}}/<class>/")
         pictures = found[parts[-3]].setdefault(parts[-2], {})
         if (first := pictures.setdefault(parts[-1], member)) is not member:
-            raise UserError(
-                f"{source} holds {'/'.join(parts[-3:])} twice, as {first.name} and {member.name}: "
-                "a copy of the data set lies inside it"
-            )
+            twice = f"{source} holds {'/'.join(parts[-3:])} twice ({first.name}, {member.name})"
+            raise UserError(f"{twice}: a copy of the data set lies inside it")
+    splits: dict[str, list[tuple[sources.Member, int]]] = {"train": [], "dev": [], "test": []}
     for split, classes in found.items():
-        unknown = sorted(set(classes) - set(CLASSES))
-        missing = [name for name in CLASSES if name not in classes]
-        if unknown:
+        if unknown := sorted(set(classes) - set(CLASSES)):
             raise UserError(f"{source}: {split}/{unknown[0]} is none of {', '.join(CLASSES)}")
-        if missing:
-            raise UserError(
-                f"{source} holds no pictures in {split}/{missing[0]} "
-                f"(expected: {{train,test}}/{{{','.join(CLASSES)}}}/*.jpg or .png)"
-            )
-    return {
-        split: {name: [classes[name][file] for file in sorted(classes[name])] for name in CLASSES}
-        for split, classes in found.items()
-    }, others
-
-
-def arrange(found) -> dict[str, list[tuple[sources.Member, int]]]:
-    """(file, label) of each split; dev = the last 10 % of each training class."""
-    parts: dict[str, list[tuple[sources.Member, int]]] = {"train": [], "dev": [], "test": []}
-    for label, name in enumerate(CLASSES):
-        train, test = found["train"][name], found["test"][name]
-        border = len(train) - max(1, len(train) // 10)
-        for split, members in (("train", train[:border]), ("dev", train[border:]), ("test", test)):
-            parts[split] += [(member, label) for member in members]
-    return parts
+        for label, name in enumerate(CLASSES):
+            if name not in classes:
+                expected = f"expected: {{train,test}}/{{{','.join(CLASSES)}}}/*.jpg or .png"
+                raise UserError(f"{source} holds no pictures in {split}/{name} ({expected})")
+            pictures = [(member, label) for _, member in sorted(classes[name].items())]
+            dev = max(1, len(pictures) // 10) if split == "train" else 0
+            splits[split] += pictures[: len(pictures) - dev]
+            splits["dev"] += pictures[len(pictures) - dev :]
+    return splits, others
 
 
 def is_batches(source: Path) -> bool:
@@ -233,11 +197,7 @@ TASK = Task(
     splits=("train", "dev", "test"),
     encoder=lambda options: encode_picture,
     sources=(
-        sources.Reader(
-            "the original batches, python or binary: folder, tar.gz or zip",
-            read_batches,
-            is_batches,
-        ),
+        sources.Reader("the original batches: folder, tar.gz or zip", read_batches, is_batches),
         _Parquet("img", CLASSES, picture=True, chunk=500),
         sources.Reader(
             "folder or zip of train/<class>/ and test/<class>/ pictures",
@@ -245,8 +205,8 @@ TASK = Task(
             chunk=500,
             about="pictures from class folders (JPEG copies have other ids than the originals)",
         ),
-        _Tfds("cifar10", "image", CLASSES),
     ),
+    tfds=_Tfds("cifar10", "image", CLASSES),
     places=("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz", "cifar-10-batches-bin"),
     fetch="cifar-10-binary.tar.gz",
 )

@@ -6,15 +6,14 @@
 DIR has the competition's files, not unpacked: train_val2018.tar.gz (or its folder), and
 train2018.json and val2018.json (or their .tar.gz). Or it has train/ and val/ (or validation/,
 test/), each <supercategory>/<species>/*.jpg; or one such tree alone, from which about 53 of every
-1,000 pictures become the test set (seeded).
-
-How SAT made its 32x32 pictures is not known. Ours: the whole picture, decoded at a reduced size
-(JPEG), antialiased bilinear to 32x32, gray as in lra-image. Source: docs/data.md, "lra-nature".
+1,000 pictures become the test set (seeded). Source: docs/data.md, "lra-nature".
 """
 
 import json
 import posixpath
+import re
 from collections.abc import Iterator
+from operator import index  # TypeError for what is no integer
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -30,7 +29,7 @@ SUPERCATEGORIES = (
 )
 LABELS = {name: label for label, name in enumerate(SUPERCATEGORIES)}
 SIDE = 32
-PICTURES = (".jpg", ".jpeg", ".png")
+PICTURE = re.compile(r"(?:^|/)[^/.][^/]*\.(?:jpe?g|png)$", re.IGNORECASE)
 SPLITS = {"train": "train", "val": "test", "validation": "test", "test": "test"}
 ARCHIVES = ("train_val2018.tar.gz", "train_val2018.tar")
 ANNOTATIONS = {"train": "train2018.json", "test": "val2018.json"}
@@ -39,7 +38,7 @@ ANNOTATIONS = {"train": "train2018.json", "test": "val2018.json"}
 def encode_picture(payload: bytes | sources.Member) -> np.ndarray:
     """Gray values 0..255 of a picture file, row by row: int32 [1024]."""
     try:
-        return encode.picture(payload, _decode)
+        return encode.pixels(encode.picture(payload, _decode))
     except FileNotFoundError:
         raise sources.Fault("the picture is missing") from None
     except sources.Fault as fault:  # this data set is known to have some: never a reason to stop
@@ -57,56 +56,40 @@ def _decode(image) -> np.ndarray:
 def read_pictures(job, source: Path) -> Iterator[sources.Example]:
     """Pictures of a folder or archive in one of the layouts above."""
     folder = source if source.is_dir() else source.parent
-    annotations = {split: _annotations(folder, name) for split, name in ANNOTATIONS.items()}
-    present = [path for path in annotations.values() if path]
-    if len(present) == 1:
-        absent = [name for split, name in ANNOTATIONS.items() if annotations[split] is None]
-        raise UserError(f"{folder} has {present[0].name} but no {absent[0]}")
+    annotations = {
+        split: path
+        for split, name in ANNOTATIONS.items()
+        for path in (folder / f"{name}.tar.gz", folder / name)
+        if path.exists()
+    }
+    if len(annotations) == 1:
+        absent = [name for split, name in ANNOTATIONS.items() if split not in annotations]
+        raise UserError(f"{folder} has {min(annotations.values()).name} but no {absent[0]}")
     pictures = source
     if source.is_dir():
         inner = [source / name for name in ("train_val2018", *ARCHIVES)]
         pictures = next((path for path in inner if path.exists()), source)
-    if present:
-        yield from _annotated(job, folder, pictures, annotations)
-    else:
-        yield from _tree(job, pictures)
-
-
-def _annotations(folder: Path, name: str) -> Path | None:
-    paths = (folder / name, folder / f"{name}.tar.gz")
-    return next((path for path in paths if path.exists()), None)
-
-
-def _is_picture(name: str) -> bool:
-    base = PurePosixPath(name).name
-    return base.lower().endswith(PICTURES) and not base.startswith(".")
+    return _annotated(job, folder, pictures, annotations) if annotations else _tree(job, pictures)
 
 
 def _tree(job, source: Path) -> Iterator[sources.Example]:
-    roots = [source]
-    if source.is_dir() and (source / "train").is_dir():
-        test = next((n for n in ("val", "validation", "test") if (source / n).is_dir()), None)
-        roots = [source / "train", source / test] if test else roots
+    tests = [source / name for name in SPLITS if name != "train" and (source / name).is_dir()]
+    roots = [source / "train", *tests[:1]] if tests and (source / "train").is_dir() else [source]
     lone = False
     for root in roots:
         count = 0
-        for member in sources.files(root, _is_picture):
+        for member in sources.files(root, PICTURE.search):
             folders = PurePosixPath(root.name, member.name).parts[:-1]
             count += 1
             place = next((i for i, part in enumerate(folders) if part in LABELS), None)
             if place is None:
-                raise UserError(
-                    f"{root}: {member.name} is in none of the folders {', '.join(SUPERCATEGORIES)}"
-                )
+                known = ", ".join(SUPERCATEGORIES)
+                raise UserError(f"{root}: {member.name} is in none of the folders {known}")
             split = SPLITS.get(folders[place - 1], "all") if place else "all"
             if split == "all" and not lone:
                 lone = True
-                print(
-                    f"{root} does not say which pictures are the test set: about "
-                    f"{round(TASK.test_part * 1000)} of every 1,000 are drawn (seed "
-                    f"{job.options.seed}); train2018.json and val2018.json beside it give the "
-                    "published split"
-                )
+                drawn = "which pictures are the test set: about 53 of every 1,000 are drawn"
+                print(f"{root} does not say {drawn}; train2018.json and val2018.json would")
             if not job.full(split):
                 yield split, member.where, member.payload(), LABELS[folders[place]]
         if not count:
@@ -117,22 +100,17 @@ def _annotated(job, folder: Path, pictures: Path, annotations) -> Iterator[sourc
     tables = {split: read_annotations(path, job.skips) for split, path in annotations.items()}
     train, test = tables["train"], tables["test"]
     if len(train) < len(test):
-        raise UserError(
-            f"{annotations['train']} lists {len(train):,} pictures and {annotations['test']} "
-            f"{len(test):,}: are the two exchanged?"
-        )
-    both = {name for name, _ in train} & {name for name, _ in test}
-    if both:
+        numbers = f"{len(train):,} pictures and {annotations['test']} {len(test):,}"
+        raise UserError(f"{annotations['train']} lists {numbers}: are the two exchanged?")
+    if both := {name for name, _ in train} & {name for name, _ in test}:
         raise UserError(f"train2018.json and val2018.json both list {min(both)}")
     wanted = {}
     for split, table in tables.items():
         for name, label in table:
-            named = [part for part in Path(name).parts[:-1] if part in LABELS]
-            if named and LABELS[named[0]] != label:
-                told = SUPERCATEGORIES[label]
-                job.skips.skip(
-                    str(folder / name), f"the folder says {named[0]}, the annotations say {told}"
-                )
+            told = next((part for part in Path(name).parts[:-1] if part in LABELS), None)
+            if told and LABELS[told] != label:
+                reason = f"the folder says {told}, the annotations say {SUPERCATEGORIES[label]}"
+                job.skips.skip(str(folder / name), reason)
             else:
                 wanted[name] = split, label
     if pictures.is_dir():
@@ -151,17 +129,15 @@ def _annotated(job, folder: Path, pictures: Path, annotations) -> Iterator[sourc
 def read_annotations(path: Path, skips: Skips) -> list[tuple[str, int]]:
     """(file name, label) of each picture that a competition json lists, in its order."""
     try:
+        members = iter([sources.Member(path.name, str(path))])
         if path.suffix == ".gz":
-            member = next(sources.files(path, lambda name: name.endswith(".json")), None)
-        else:
-            member = sources.Member(path.name, str(path))
-        data = json.loads(member.read() if member else b"", object_hook=_shrink)
+            members = sources.files(path, lambda name: name.endswith(".json"))
+        data = json.loads(next(members).read(), object_hook=_shrink)
         categories, labels = dict(data["categories"]), dict(data["annotations"])
         images = [(identity, name) for identity, name in data["images"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not an annotations file with images, annotations and categories ({error})"
-        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError, StopIteration) as error:
+        expected = "an annotations file with images, annotations and categories"
+        raise UserError(f"{path} is not {expected} ({error})") from None
     table = []
     for identity, name in images:
         supercategory = categories.get(labels.get(identity))
@@ -181,18 +157,12 @@ def read_annotations(path: Path, skips: Skips) -> list[tuple[str, int]]:
 def _shrink(entry: dict):
     """Keeps two fields of the 437,513 entries: the whole tree of dicts would need a gigabyte."""
     if "file_name" in entry:
-        return _number(entry["id"]), str(entry["file_name"])
+        return index(entry["id"]), str(entry["file_name"])
     if "image_id" in entry:
-        return _number(entry["image_id"]), _number(entry["category_id"])
+        return index(entry["image_id"]), index(entry["category_id"])
     if "supercategory" in entry:
-        return _number(entry["id"]), str(entry["supercategory"])
+        return index(entry["id"]), str(entry["supercategory"])
     return entry
-
-
-def _number(value) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r:.40} is not a number")
-    return value
 
 
 def identity(where: str, payload) -> bytes:
@@ -207,23 +177,16 @@ TASK = Task(
     length=SIDE * SIDE,
     counts={"train": 437_513, "test": 24_426},
     encoder=lambda options: encode_picture,
+    # a chunk of pictures takes some 100 ms
     sources=(
-        sources.Reader(
-            "folder or archive with the pictures, as above",
-            read_pictures,
-            chunk=64,  # pictures: some 100 ms
-        ),
-        sources.Tfds(
-            "i_naturalist2018",
-            "image",
-            SUPERCATEGORIES,
-            "supercategory",
-            {"train": "train", "test": "validation"},
-            encoded=True,
-            identity="id",
-            batch=16,
-            chunk=64,
-        ),
+        sources.Reader("folder or archive with the pictures, as above", read_pictures, chunk=64),
+    ),
+    tfds=sources.Tfds(
+        *("i_naturalist2018", "image", SUPERCATEGORIES, "supercategory", "validation"),
+        encoded=True,
+        identity="id",
+        batch=16,
+        chunk=64,
     ),
     places=("inaturalist2018",),
     how_to_get=(

@@ -29,8 +29,8 @@ TASK = Task(
             columns=("class", "title", "description"),
             folder="ag_news_csv",
         ),
-        sources.Tfds("ag_news_subset", "description", CLASSES),
     ),
+    tfds=sources.Tfds("ag_news_subset", "description", CLASSES),
     places=("ag_news_csv.tar.gz", "ag_news_csv"),
     fetch="ag_news_csv.tar.gz",
 )

@@ -10,17 +10,16 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from preprocess import driver, encode, parallel, sources, writer
 from preprocess import pathfinder_generator as generator
@@ -37,60 +36,40 @@ MEMBER = re.compile(
     rf"(?:^|/)(?:(pathfinder\d+)/)?({'|'.join(LEVELS)})/"
     r"(?:imgs/([^/.][^/]*)/([^/.][^/]*\.png)|metadata/([^/.][^/]*\.npy))$"
 )
+EXPECTED = "the LRA release's folder, its folder of pictures, one level's, or its archive"
 MAX_PICTURE_BYTES = 1 << 20  # a 32x32 picture has some 300
 MAX_METADATA_BYTES = 1 << 26  # 200,000 rows have some 10 MB
-PICTURES_A_BATCH = 1000  # what one folder of --release_dir holds
 
 
-# ---- the release ------------------------------------------------------------------------------
+class Pictures:
+    """The pictures and labels of one level, on disk until it is known which split each goes to, in
+    a temporary file without a name: it is gone whenever the process is."""
 
-
-class Pool:
-    """The pictures and labels of one level, on disk until it is known which split each goes to.
-
-    A temporary file in `folder` without a name: it is gone whenever the process is.
-    """
-
-    def __init__(self, folder: Path, pixels: int):
+    def __init__(self, job):
+        folder = job.options.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        self._pixels = pixels
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by close
+        self._pixels = job.task.length
+        self._file = job.closing.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
         self.count = 0
+        # of a picture of the release, "3/sample_7.png", in the file; -1: it was there but no good
+        self.position: dict[str, int] = {}
+        self.label: dict[str, int] = {}
 
     def add(self, pictures: np.ndarray) -> None:
         """Appends uint8 [n, pixels]."""
         self._file.write(np.ascontiguousarray(pictures))
         self.count += len(pictures)
 
-    def pixels(self) -> np.ndarray:
-        """uint8 [count, pixels], read from the file as needed."""
+    def examples(self, job, order: np.ndarray, labels) -> Iterator[sources.Example]:
+        """The pictures of these places in the file, shuffled and cut."""
         self._file.flush()
-        pixels = np.memmap(self._file, np.uint8, "r", shape=(self.count, self._pixels))
-        return np.asarray(pixels)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class Release:
-    """What was read of one level: pictures by name ("3/sample_7.png"), labels by name."""
-
-    def __init__(self, job):
-        self.pool = Pool(job.options.output_dir, job.task.length)
-        # of the picture in the pool; -1: it was there but no good
-        self.position: dict[str, int] = {}
-        self.label: dict[str, int] = {}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.pool.close()
-
-
-def folder_of(task: Task) -> str:
-    """The release's folder of pictures of the task's size."""
-    return f"pathfinder{math.isqrt(task.length)}"
+        shape = (self.count, self._pixels)
+        pixels = np.asarray(np.memmap(self._file, np.uint8, "r", shape=shape))
+        for split, indices in split_indices(len(labels), job.options.seed).items():
+            for i in indices:
+                if job.full(split):
+                    break
+                yield split, level_of(job.stem), pixels[order[i]], int(labels[i])
 
 
 def level_of(stem: str) -> str:
@@ -101,50 +80,42 @@ def read_release(job, source: Path) -> Iterator[sources.Example]:
     """The pictures of job.stem. The first call reads those of all levels, in one pass."""
     if job.state is None:
         levels = job.options.level or LEVELS
-        job.state = {level: job.closing.enter_context(Release(job)) for level in levels}
+        job.state = {name: Pictures(job) for name in levels}
         _read_levels(job, source, job.state)
-        absent = [level for level, release in job.state.items() if not release.label]
+        absent = [name for name, level in job.state.items() if not level.label]
         if len(absent) == len(levels) or (absent and not job.options.allow_partial):
-            raise UserError(
-                f"{source} does not have {', '.join(absent)} with imgs and metadata; expected "
-                f"{folder_of(job.task)} of the LRA release, a folder above it, or the release's "
-                "archive "
-                "(--level reads one of them, --allow_partial those that are there)"
-            )
-    level = level_of(job.stem)
-    release = job.state[level]
-    if not release.label:
-        raise driver.Absent(f"{source} does not have {level} with imgs and metadata")
-    order, labels = match_labels(release, f"{source}: {level}", job.skips)
-    pixels = release.pool.pixels()
-    for split, indices in split_indices(len(labels), job.options.seed).items():
-        for i in indices:
-            if job.full(split):
-                break
-            yield split, level, pixels[order[i]], int(labels[i])
+            todo = "(--level reads one of them, --allow_partial those that are there)"
+            what = f"{source} does not have {', '.join(absent)} with imgs and metadata"
+            raise UserError(f"{what}; expected {EXPECTED} {todo}")
+    name = level_of(job.stem)
+    level = job.state[name]
+    if not level.label:
+        raise driver.Absent(f"{source} does not have {name} with imgs and metadata")
+    yield from level.examples(job, *match_labels(level, f"{source}: {name}", job.skips))
 
 
-def _read_levels(job, source: Path, found: dict[str, Release]) -> None:
-    pictures = _pictures(source, folder_of(job.task), found, job.skips)
-    decode = functools.partial(_decode, math.isqrt(job.task.length))
+def _read_levels(job, source: Path, found: dict[str, Pictures]) -> None:
+    side = math.isqrt(job.task.length)
+    pictures = _pictures(source, f"pathfinder{side}", found, job.skips)
+    decode = functools.partial(_decode, side)
     batches = parallel.chunks(pictures, 500)
     with job.map(decode, batches) as results, job.progress(None, "picture") as bar:
         for decoded in results:
-            for level, name, where, pixels in decoded:
-                release = found[level]
-                if name in release.position:
+            for name, picture, where, pixels in decoded:
+                level = found[name]
+                if picture in level.position:
                     job.skips.skip(where, "a second picture of the same name")
                 elif isinstance(pixels, sources.Fault):
-                    release.position[name] = -1
+                    level.position[picture] = -1
                     job.skips.skip(where, pixels.reason, always=pixels.always)
                 else:
-                    release.position[name] = release.pool.count
-                    release.pool.add(pixels[None])
+                    level.position[picture] = level.count
+                    level.add(pixels[None])
             bar.update(len(decoded))
 
 
-def _pictures(source: Path, folder: str, found, skips) -> Iterator[tuple[str, str, str, bytes]]:
-    """(level, name, where, bytes) of each picture; metadata goes to `found` at once."""
+def _pictures(source: Path, folder: str, found, skips) -> Iterator[tuple]:
+    """(level, name, where, payload) of each picture; metadata goes to `found` at once."""
 
     def match(name: str):
         """What a file is; None if nothing that matters."""
@@ -155,20 +126,15 @@ def _pictures(source: Path, folder: str, found, skips) -> Iterator[tuple[str, st
     for root, prefix in _roots(source, folder):
         for member in sources.files(root, lambda name, prefix=prefix: match(prefix + name)):
             _, level, batch, picture, metadata = match(prefix + member.name).groups()
-            if metadata:
-                data = member.read(MAX_METADATA_BYTES)
-                for name, label in _rows(data, member.where, level, skips):
-                    if name in found[level].label:
-                        skips.skip(f"{member.where}: {name}", "a second row for the same picture")
-                    else:
-                        found[level].label[name] = label
-            else:
-                yield level, f"{batch}/{picture}", member.where, _head(member)
-
-
-def _head(member: sources.Member) -> bytes:
-    with member.open() as file:
-        return file.read(MAX_PICTURE_BYTES)
+            if not metadata:
+                yield level, f"{batch}/{picture}", member.where, member.payload(MAX_PICTURE_BYTES)
+                continue
+            data = member.read(MAX_METADATA_BYTES)
+            for name, label in _rows(data, member.where, level, skips):
+                if name in found[level].label:
+                    skips.skip(f"{member.where}: {name}", "a second row for the same picture")
+                else:
+                    found[level].label[name] = label
 
 
 def _roots(source: Path, name: str) -> Iterator[tuple[Path, str]]:
@@ -187,9 +153,8 @@ def _roots(source: Path, name: str) -> Iterator[tuple[Path, str]]:
 
 def accepts(source: Path) -> bool:
     """Folders and archives; says what is not needed."""
-    unneeded = "the same pictures once more, for TFDS, and is not needed"
     if source.name.startswith("pathfinder_tfds"):
-        raise UserError(f"{source} holds {unneeded}: give lra_release.gz")
+        raise UserError(f"{source} is for TFDS and is not needed: give lra_release.gz")
     for folder in (source, source.parent):
         for path in folder.glob("pathfinder_tfds*"):
             print(f"{path} is not needed: skipped")
@@ -208,18 +173,16 @@ def is_whole(name: str, source: Path) -> bool:
     return all(count >= COUNT for count in counts.values())
 
 
-def _decode(
-    side: int,
-    batch: list[tuple[str, str, str, bytes]],
-) -> list[tuple[str, str, str, np.ndarray | sources.Fault]]:
-    """Replaces each picture's bytes by its pixels, or by what is wrong with it."""
-    return [(level, name, where, decode_picture(data, side)) for level, name, where, data in batch]
+def _decode(side: int, batch: list[tuple]) -> list[tuple]:
+    """Replaces each picture's payload by its pixels, or by what is wrong with it."""
+    return [(*names, decode_picture(payload, side)) for *names, payload in batch]
 
 
-def decode_picture(data: bytes, side: int = generator.SIDE) -> np.ndarray | sources.Fault:
+def decode_picture(payload, side: int = generator.SIDE) -> np.ndarray | sources.Fault:
     """Pixels uint8 [side * side], row by row, of an 8-bit gray PNG; or why there are none."""
+    decode = functools.partial(_gray_pixels, side)
     try:
-        return encode.picture_of(data, functools.partial(_gray_pixels, side), ["PNG"])
+        return encode.picture(payload, decode, MAX_PICTURE_BYTES, ["PNG"])
     except sources.Fault as fault:
         return fault
 
@@ -233,16 +196,10 @@ def _gray_pixels(side: int, picture) -> np.ndarray:
 def _rows(data: bytes, where: str, level: str, skips: Skips) -> Iterator[tuple[str, int]]:
     """(picture's name, label) of each good row of a metadata file.
 
-    The reference loses a last row that has no newline after it; we keep it.
-    """
+    The reference loses a last row that has no newline after it; we keep it."""
     if data.startswith(b"\x93NUMPY"):
-        raise UserError(
-            f"{where} is a NumPy file; the release's metadata is text, despite its name"
-        )
-    lines = data.split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    for number, line in enumerate(lines, 1):
+        raise UserError(f"{where} is a NumPy file; the release's metadata is text")
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else (), 1):
         row = f"{where}, row {number}"
         columns = line.decode("ascii", "replace").split()
         if not columns:
@@ -260,56 +217,37 @@ def _rows(data: bytes, where: str, level: str, skips: Skips) -> Iterator[tuple[s
             yield f"{columns[0][5:]}/{columns[1]}", int(columns[3])
 
 
-def match_labels(release: Release, where: str, skips: Skips) -> tuple[np.ndarray, np.ndarray]:
-    """Joins pictures and rows: int64 [n] positions in the pool and int64 [n] labels, in the
-    order of the names.
-
-    The order is by number (batch, then sample), whatever order the source had.
-    """
-    for name in sorted(release.position.keys() - release.label.keys()):
+def match_labels(level: Pictures, where: str, skips: Skips) -> tuple[np.ndarray, np.ndarray]:
+    """Joins pictures and rows: int64 [n] places in the file and int64 [n] labels, in the order of
+    the names by number (batch, then sample), whatever order the source had."""
+    for name in sorted(level.position.keys() - level.label.keys()):
         skips.skip(f"{where}/imgs/{name}", "the picture has no row in the metadata")
-    for name in sorted(release.label.keys() - release.position.keys()):
+    for name in sorted(level.label.keys() - level.position.keys()):
         skips.skip(f"{where}/imgs/{name}", "the metadata's row has no picture")
-    names = [n for n, position in release.position.items() if position >= 0 and n in release.label]
+    names = [n for n, position in level.position.items() if position >= 0 and n in level.label]
     if not names:
         raise UserError(f"{where} has no usable picture")
     names.sort(key=lambda name: ([(len(n), n) for n in re.findall(r"\d+", name)], name))
     return (
-        np.array([release.position[name] for name in names], np.int64),
-        np.array([release.label[name] for name in names], np.int64),
+        np.array([level.position[name] for name in names], np.int64),
+        np.array([level.label[name] for name in names], np.int64),
     )
 
 
-# ---- the generator ----------------------------------------------------------------------------
-
-
 def generate(job) -> Iterator[sources.Example]:
-    """Draws --count pictures of job.stem; with --release_dir also as files in the release's
-    layout."""
-    options, level = job.options, level_of(job.stem)
-    job.counts = {"all": options.count}
-    writer.check_free_space(options.output_dir, options.count * (4 * PIXELS + 100 + PIXELS))
-    labels = []
-    chunks = range(-(-options.count // generator.CHUNK))
-    draw = functools.partial(_draw, level, options.seed)
-    with contextlib.closing(Pool(options.output_dir, PIXELS)) as pool:
-        with (
-            _release_files(options.release_dir, level) as save,
-            job.map(draw, chunks) as results,
-            job.progress(options.count, "picture") as bar,
-        ):
-            for pictures, chunk_labels in results:
-                missing = options.count - pool.count
-                save(pool.count, pictures[:missing], chunk_labels[:missing])
-                pool.add(pictures[:missing].reshape(-1, PIXELS))
-                labels += chunk_labels[:missing].tolist()
-                bar.update(len(pictures))
-        pixels = pool.pixels()
-        for split, indices in split_indices(options.count, options.seed).items():
-            for i in indices:
-                if job.full(split):
-                    break
-                yield split, level, pixels[i], labels[i]
+    """Draws --count pictures of job.stem."""
+    options, count = job.options, job.options.count
+    job.counts = {"all": count}
+    writer.check_free_space(options.output_dir, count * (5 * PIXELS + 100))
+    labels: list[int] = []
+    draw = functools.partial(_draw, level_of(job.stem), options.seed)
+    level, chunks = Pictures(job), range(-(-count // generator.CHUNK))
+    with job.map(draw, chunks) as results, job.progress(count, "picture") as bar:
+        for pictures, chunk_labels in results:
+            level.add(pictures[: count - level.count].reshape(-1, PIXELS))
+            labels += chunk_labels.tolist()
+            bar.update(len(pictures))
+    yield from level.examples(job, np.arange(count), labels[:count])
 
 
 def _draw(level: str, seed: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
@@ -317,85 +255,31 @@ def _draw(level: str, seed: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     return scenes.images, scenes.labels
 
 
-@contextlib.contextmanager
-def _release_files(release_dir: Path | None, level: str):
-    """Gives a function that saves pictures in the release's layout; the level's folder appears
-    when all are there."""
-    if release_dir is None:
-        yield lambda first, pictures, labels: None
-        return
-    final = release_dir / "pathfinder32" / level
-    part = final.with_name(f"{level}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "metadata").mkdir(parents=True)
-    constant = " ".join(generator.metadata_columns(level))
-
-    def save(first: int, pictures: np.ndarray, labels: np.ndarray) -> None:
-        for i, (picture, label) in enumerate(zip(pictures, labels, strict=True), first):
-            batch, number = divmod(i, PICTURES_A_BATCH)
-            folder = part / "imgs" / str(batch)
-            if number == 0:
-                folder.mkdir(parents=True)
-            Image.fromarray(picture).save(folder / f"sample_{number}.png")
-            with open(part / "metadata" / f"{batch}.npy", "a", encoding="ascii") as file:
-                file.write(f"imgs/{batch} sample_{number}.png {number} {label} {constant}\n")
-
-    try:
-        yield save
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    os.replace(part, final)
-
-
-# ---- splits -----------------------------------------------------------------------------------
-
-
 def split_indices(count: int, seed: int) -> dict[str, np.ndarray]:
-    """A seeded permutation of 0..count-1, cut at 80 % and 90 %, both truncated.
-
-    Sorts raw 64-bit words, whose sequence NumPy promises never to change; its `permutation`
-    might.
-    """
+    """A seeded permutation of 0..count-1, cut at 80 % and 90 %, both truncated: of raw 64-bit
+    words, whose sequence NumPy promises never to change; that of its `permutation` might."""
     order = np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
     train, dev = count * 8 // 10, count * 9 // 10
     return {"train": order[:train], "dev": order[train:dev], "test": order[dev:]}
 
 
 def add_levels(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument_group("which pictures").add_argument(
-        "--level",
-        choices=LEVELS,
-        action="append",
-        help="one level only; repeatable (default: all)",
+    group, text = (
+        parser.add_argument_group("which pictures"),
+        "one level; repeatable (default: all)",
     )
+    group.add_argument("--level", choices=LEVELS, action="append", help=text)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_levels(parser)
+    text = "pictures a level that --generate draws (default: %(default)s)"
     group = parser.add_argument_group("pictures drawn here")
-    group.add_argument(
-        "--count",
-        type=driver.positive,
-        default=COUNT,
-        help="pictures a level that --generate draws (default: %(default)s)",
-    )
-    group.add_argument(
-        "--release_dir",
-        type=Path,
-        metavar="DIR",
-        help="--generate: also write them to DIR/pathfinder32, as the LRA release has them",
-    )
+    group.add_argument("--count", type=driver.positive, default=COUNT, help=text)
 
 
-def stems(options: argparse.Namespace) -> tuple[str, ...]:
-    levels = options.level or LEVELS
-    if options.release_dir and not options.generate:
-        raise UserError("--release_dir is for --generate")
-    for level in levels if options.release_dir else ():
-        if (folder := options.release_dir / "pathfinder32" / level).exists():
-            raise UserError(f"{folder} exists: remove it or name another --release_dir")
-    return tuple(f"lra-pathfinder32-{level}" for level in levels)
+def stems(name: str, options: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(f"{name}-{level}" for level in options.level or LEVELS)
 
 
 TASK = Task(
@@ -407,18 +291,23 @@ TASK = Task(
     splits=("train", "dev", "test"),
     encoder=lambda options: encode.pixels,
     label_type=int,
-    sources=(
-        sources.Reader(
-            "the LRA release's folder, its folder of pictures, one level's, or its archive",
-            read_release,
-            accepts,
-        ),
-    ),
+    sources=(sources.Reader(EXPECTED, read_release, accepts),),
     places=("lra_release", "lra_release.gz"),
     whole=functools.partial(is_whole, "pathfinder32"),
     fetch="lra_release.gz",
     generate=generate,
     options=add_options,
-    stems=stems,
+    stems=functools.partial(stems, "lra-pathfinder32"),
     unneeded=frozenset({"_PATHFINDER_TFDS_PATH"}),
+)
+PATH_X = dataclasses.replace(
+    TASK,
+    name="lra-pathx",
+    description="lra-pathx-<level>: lra-pathfinder with 128x128 pictures, 16,384 ids.\n\n"
+    'The reference has no configuration for it. Source: docs/data.md, "lra-pathfinder32".',
+    length=128 * 128,
+    whole=functools.partial(is_whole, "pathfinder128"),
+    generate=None,
+    options=add_levels,
+    stems=functools.partial(stems, "lra-pathx"),
 )

@@ -24,11 +24,10 @@ FILES = {
     "dev": "new_aan_pairs.eval.tsv",
     "test": "new_aan_pairs.test.tsv",
 }
+EXPECTED = "the LRA release's folder, tsv_data in it, or its archive lra_release.gz"
 FOLDER = "tsv_data"
 COLUMNS = 5  # label, id1, id2, text1, text2; quotes are ordinary characters
 NUMBER = re.compile(rb" *[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)? *")
-# a longer line is no pair of papers; reading it whole could fill the memory
-LONGEST_LINE = 64 << 20
 
 
 def read_pairs(job, source: Path) -> Iterator[sources.Example]:
@@ -42,32 +41,12 @@ def read_pairs(job, source: Path) -> Iterator[sources.Example]:
 def read_rows(
     file: BinaryIO, where: str, skips: Skips
 ) -> Iterator[tuple[str, tuple[bytes, bytes], int]]:
-    """(where, (text1, text2), label) of each row.
-
-    Rows that stop the reference go to `skips`: a blank line, an empty field, a stray CR, other
-    than five columns, a label that is no number. CR LF and a missing final line end are fine,
-    except where the last text is a bytes literal without its end.
-    """
-    number = 0
-    while line := file.readline(LONGEST_LINE):
-        number += 1
-        row_where = f"{where}, line {number}"
-        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            raise UserError(f"{row_where}: longer than {LONGEST_LINE:,} bytes")
-        ended = line.endswith(b"\n")
-        line = line.removesuffix(b"\n").removesuffix(b"\r")
-        # split() and count() look at every byte in turn, half the time of a row; partition() leaps
-        fields = line.split(b"\t", COLUMNS - 2)
-        text1, tab, text2 = fields.pop().partition(b"\t")
-        fields += [text1, text2] if tab else [text1]
-        if not line:
-            skips.skip(row_where, "blank line")
-        elif b"\r" in line:
-            skips.skip(row_where, "a carriage return inside the line")
-        elif len(fields) != COLUMNS or b"\t" in text2:
-            columns = line.count(b"\t") + 1
-            skips.skip(row_where, f"{columns} columns, expected {COLUMNS}")
-        elif not all(fields):
+    """(where, (text1, text2), label) of each row. Rows that stop the reference go to `skips`; a
+    missing final line end is fine, except where the last text is a bytes literal without its
+    end."""
+    for row_where, fields, ended in sources.tsv_rows(file, where, skips, COLUMNS):
+        text1, text2 = fields[3:]
+        if not all(fields):
             skips.skip(row_where, f"column {fields.index(b'') + 1} is empty")
         elif (label := parse_label(fields[0])) is None:
             skips.skip(row_where, "the label is not 0 or 1")
@@ -96,13 +75,9 @@ TASK = Task(
     num_inputs=2,
     counts={"train": 147_086, "dev": 18_090, "test": 17_437},
     splits=("train", "dev", "test"),
-    encoder=encode.text_pair(max_ids=4000),
+    encoder=encode.text(max_ids=4000),
     label_type=np.int32,
-    sources=(
-        sources.Reader(
-            "the LRA release's folder, tsv_data in it, or its archive lra_release.gz", read_pairs
-        ),
-    ),
+    sources=(sources.Reader(EXPECTED, read_pairs),),
     places=("lra_release", "lra_release.gz"),
     whole=functools.partial(sources.has_files, FOLDER, tuple(FILES.values())),
     fetch="lra_release.gz",

@@ -24,20 +24,16 @@ def read_reviews(job, source: Path) -> Iterator[sources.Example]:
     """Reviews of the aclImdb folder or archive, in sorted order or the archive's."""
     seen = set()
     for member in sources.files(source, REVIEW.search):
-        match = REVIEW.search(member.name)
-        assert match
-        split, name = match[1], match[2]
+        split, name, _ = REVIEW.search(member.name).groups()
         seen.add((split, name))
         if not job.full(split):
             yield split, member.where, member.read().strip(), CLASSES.index(name)
         elif job.full("train") and job.full("test"):
             return
     for split in ("train", "test"):
-        absent = [name for name in CLASSES if (split, name) not in seen]
+        absent = ",".join(name for name in CLASSES if (split, name) not in seen)
         if absent and not job.full(split):
-            raise UserError(
-                f"{source} has no reviews in {split}/{{{','.join(absent)}}}: is it aclImdb?"
-            )
+            raise UserError(f"{source} has no reviews in {split}/{{{absent}}}: is it aclImdb?")
 
 
 TASK = Task(
@@ -51,8 +47,8 @@ TASK = Task(
     sources=(
         sources.Parquet("text", CLASSES),
         sources.Reader("the aclImdb folder, or its tar or zip", read_reviews),
-        sources.Tfds("imdb_reviews/plain_text", "text", CLASSES),
     ),
+    tfds=sources.Tfds("imdb_reviews/plain_text", "text", CLASSES),
     places=("aclImdb_v1.tar.gz", "aclImdb"),
     fetch="aclImdb_v1.tar.gz",
 )

@@ -70,8 +70,8 @@ TASK = Task(
             folder="yelp_review_polarity_csv",
             rows=read_rows,
         ),
-        sources.Tfds("yelp_polarity_reviews", "text", CLASSES),
     ),
+    tfds=sources.Tfds("yelp_polarity_reviews", "text", CLASSES),
     places=("yelp_review_polarity_csv.tgz", "yelp_review_polarity_csv"),
     fetch="yelp_review_polarity_csv.tgz",
 )

@@ -283,8 +283,8 @@ def choose_source(task: Task, options: argparse.Namespace, needed: int = 0):
     if options.tfds_dir is not None:
         if folder := tfds.find(options.tfds_dir):
             return tfds, folder
-        expected = f"{options.tfds_dir}/{tfds.name}/<version>/dataset_info.json"
-        raise UserError(f"{expected} is not there: no prepared data set (--source reads others)")
+        expected = f"{tfds.name}/<version>/dataset_info.json (--source reads other files)"
+        raise UserError(f"no prepared {tfds.name} in {options.tfds_dir}: expected {expected}")
     home = os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
     if tfds and (folder := tfds.find(Path(home))):
         print(f"reading {folder}")
@@ -556,7 +556,7 @@ def guarded(function: Callable[[], None]) -> int:
         return 0
     except KeyboardInterrupt as stop:
         code, word = (143, "terminated") if stop.args else (130, "interrupted")
-        text = f"{word}: {left}, run it again to start anew"
+        text = f"{word}: {left}, run it again"
     except parallel.WorkerDied as error:
         died = f"exit code {error}; -9: most often because the memory is full"
         code, text = 1, f"error: a worker process was killed ({died}), {left}; try --workers 1"

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not the scripts' own folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def run(task: str) -> None:

@@ -498,7 +498,7 @@ def test_configurations_of_one_tfds_name(tmp_path, shared_data):
     """subwords8k beside plain_text, as older tutorials leave it."""
     pytest.importorskip("tensorflow_datasets")
     shutil.unpack_archive(shared_data / "data/tfds_imdb_small.tar.gz", tmp_path)
-    other = tmp_path / "imdb_reviews/subwords8k/1.0.0"
+    other = tmp_path / "imdb_reviews/subwords8k/2.0.0"
     lay_out(other, {"dataset_info.json": b'{"name": "imdb_reviews"}', "features.json": b"{}"})
     options = ["--tfds_dir", tmp_path, "--output_dir", tmp_path / "out"]
     assert run(text_task.TASK, *options) == 0

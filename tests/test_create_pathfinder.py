@@ -398,5 +398,5 @@ def test_interrupted_drawing_leaves_nothing(tmp_path):
     process.terminate()
     _, error = process.communicate(timeout=30)
     assert process.returncode == 143
-    assert error == "terminated: nothing half-written is left, run it again to start anew\n"
+    assert error == "terminated: nothing half-written is left, run it again\n"
     assert list((tmp_path / "out").iterdir()) == []

@@ -198,7 +198,7 @@ def test_without_a_download_it_says_what_to_do(clone, name):
 
 
 def test_listops_says_whether_it_reads_or_generates(clone):
-    options = ("--limit", 10, "--workers", 1)
+    options = ("--limit", 10, "--workers", 2)  # which find the script's own modules
     run = functools.partial(
         subprocess.run, env=environment(clone), capture_output=True, text=True, timeout=60
     )

@@ -175,7 +175,7 @@ def test_signals(tmp_path, number, code):
     assert not any(map(alive, workers))
     if number != "KILL":
         assert names(folder) == []
-        assert err.endswith("nothing half-written is left, run it again to start anew\n")
+        assert err.endswith("nothing half-written is left, run it again\n")
         assert err.count("\n") == 1, err
     else:
         assert all(name.endswith(".part") for name in names(folder))

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The method in three minutes, on a task whose answer is known: dense until attention has concentrated, then block-sparse; and
+# The method in a few minutes, on a task whose answer is known: dense until attention has concentrated, then block-sparse; and
 # the same run again from the same moment with the blocks that the original's rule would have kept.
 # usage: sh experiments/demo.sh      (or: make demo)
 set -eu

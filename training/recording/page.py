@@ -110,6 +110,11 @@ def picture(caption: str, draw: Callable[..., str], *what: Any) -> str:
     return f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
+def side(*parts: str) -> str:
+    """Parts beside each other where the window is wide enough."""
+    return "\n".join(['<div class="side">', *filter(None, parts), "</div>"])
+
+
 # ---- a run -------------------------------------------------------------------------
 
 
@@ -154,90 +159,63 @@ def _result(records, facts, thresholds) -> list[str]:
     train, evals, result = _of(records, "train"), _of(records, "eval"), facts.get("result")
     steps = train[-1]["step"] if train else 0
     planned = facts.get("config", {}).get("training", {}).get("num_train_steps")
-    body = ["<h2>Result</h2>"]
-    if result is None:
-        body.append(paragraph(f"Not finished: {steps:,} of {number(planned)} steps are done."))
-    else:
-        body.append(
-            paragraph(
-                f"Test accuracy {result['test_accuracy']:.4f} on "
-                f"{number(result.get('num_test_examples'))} examples, "
-                f"loss {result['test_loss']:.4f}, with {result['attention']} attention, after "
-                f"{result['steps']:,} steps. The model tested is that of step "
-                f"{number(result.get('best_step'))}, dev accuracy "
-                f"{number(result.get('best_dev_accuracy'))}."
-            )
+    told = f"Not finished: {steps:,} of {number(planned)} steps are done."
+    if result is not None:
+        told = (
+            f"Test accuracy {result['test_accuracy']:.4f} on "
+            f"{number(result.get('num_test_examples'))} examples, loss {result['test_loss']:.4f}, "
+            f"with {result['attention']} attention, after {result['steps']:,} steps. The model "
+            f"tested is that of step {number(result.get('best_step'))}, dev accuracy "
+            f"{number(result.get('best_dev_accuracy'))}."
         )
+    body = ["<h2>Result</h2>", paragraph(told)]
     if train:
-        caption = "Loss and accuracy over the run" + (
-            "." if evals else "; there was no evaluation yet."
-        )
-        body.append('<div class="side">')
-        body.append(picture(caption, figures.course, records))
-        if evals:
-            rows = [
-                [r["step"], r["phase"], f"{r['loss']:.4f}", f"{r['accuracy']:.4f}"]
-                for r in evals[-12:]
-            ]
-            body.append(table(rows, ["step", "phase", "dev loss", "dev accuracy"]))
-        body.append("</div>")
+        caption = f"Loss and accuracy over the run{'.' if evals else '; no evaluation yet.'}"
+        rows = [
+            [r["step"], r["phase"], f"{r['loss']:.4f}", f"{r['accuracy']:.4f}"]
+            for r in evals[-12:]
+        ]
+        header = ["step", "phase", "dev loss", "dev accuracy"]
+        last = table(rows, header) if rows else ""
+        body.append(side(picture(caption, figures.course, records), last))
     return body
 
 
 def _when(records, facts, thresholds) -> list[str]:
     chosen = [record for record in records if "active_blocks" in record]
     dense = [r for r in _of(records, "train") if r["phase"] == "dense"]
-    body = ["<h2>When it switched, and why</h2>"]
-    if chosen and not dense:
-        step = chosen[0]["step"]
-        told = f"It began sparse, from a dense prefix of {step:,} steps." if step else ""
-        body.append(paragraph(told or "It was sparse from the start."))
+    told, outlook = "", ""
+    if chosen and dense:
+        told = f"Sparse after {chosen[0]['step']:,} dense steps: {chosen[0].get('reason', '')}."
     elif chosen:
-        first = chosen[0]
-        body.append(
-            paragraph(f"Sparse after {first['step']:,} dense steps: {first.get('reason', '')}.")
-        )
+        step = chosen[0]["step"]
+        prefix = f"It began sparse, from a dense prefix of {step:,} steps."
+        told = prefix if step else "It was sparse from the start."
     elif dense:
-        body.append(paragraph("It never switched: all of its training was dense."))
-        ends = _of(records, "end")
-        body.append(paragraph(ends[-1].get("outlook", "") if ends else "", "soft"))
+        told, ends = "It never switched: all of its training was dense.", _of(records, "end")
+        outlook = ends[-1].get("outlook", "") if ends else ""
+    body = ["<h2>When it switched, and why</h2>", paragraph(told), paragraph(outlook, "soft")]
     if len(chosen) > 1:
+        last = chosen[-1]["step"]
         body.append(
-            paragraph(
-                f"Blocks were chosen {len(chosen)} times, last after step {chosen[-1]['step']:,}."
-            )
+            paragraph(f"Blocks were chosen {len(chosen)} times, last after step {last:,}.")
         )
     if dense:
-        looked_at = [n for n in thresholds if isinstance(dense[-1].get(n), list)]
-        rows = [[name.replace("_", " "), thresholds[name], *dense[-1][name]] for name in looked_at]
-        layers = range(len(dense[-1][looked_at[0]]) if looked_at else 0)
-        body.append('<div class="side">')
-        body.append(
-            picture(
-                "What the criterion looked at, against its thresholds.",
-                figures.criterion,
-                records,
-                thresholds,
-            )
-        )
-        if rows:
-            header = [
-                f"step {dense[-1]['step']:,}",
-                "threshold",
-                *(f"layer\u00a0{i}" for i in layers),
-            ]
-            body.append(table(rows, header))
-        body.append("</div>")
+        now = dense[-1]
+        looked_at = [name for name in thresholds if isinstance(now.get(name), list)]
+        rows = [[name.replace("_", " "), thresholds[name], *now[name]] for name in looked_at]
+        layers = range(len(now[looked_at[0]]) if looked_at else 0)
+        header = [f"step {now['step']:,}", "threshold", *(f"layer\u00a0{i}" for i in layers)]
+        caption = "What the criterion looked at, against its thresholds."
+        drawn = picture(caption, figures.criterion, records, thresholds)
+        body.append(side(drawn, table(rows, header) if rows else ""))
     return body
 
 
 def _what(records, facts, thresholds) -> list[str]:
     pictured = [record for record in records if record.get("num_blocks")]
-    body = ["<h2>What it kept</h2>"]
     chosen = [record for record in records if "active_blocks" in record]
-    if not chosen:
-        body.append(paragraph("Every block: no pattern was chosen."))
-    body.append('<div class="side">')
+    drawn = []
     # the first and the last choice of blocks, or the attention of a run that made none
     for event in pictured[:1] + pictured[1:][-1:]:
         keys = {"attention": "pooled", "kept blocks": "kept_blocks"}
@@ -245,17 +223,15 @@ def _what(records, facts, thresholds) -> list[str]:
         caption = f"{parts} after step {event['step']:,}.".capitalize()
         if not event.get("pooled"):
             caption += " No attention was measured."
-        body.append(picture(caption, figures.blocks, event))
-    body.append(
-        picture(
-            "Share of the attention in the blocks that are kept (while dense: would be), in the "
-            "best blocks of that number, and, were attention uniform, in the kept ones.",
-            figures.kept,
-            records,
-        )
+        drawn.append(picture(caption, figures.blocks, event))
+    caption = (
+        "Share of the attention in the blocks that are kept (while dense: would be), in the best "
+        "blocks of that number, and, were attention uniform, in the kept ones."
     )
-    body.append(picture("Other observations.", figures.others, records, thresholds))
-    body.append("</div>")
+    drawn.append(picture(caption, figures.kept, records))
+    drawn.append(picture("Other observations.", figures.others, records, thresholds))
+    nothing = "" if chosen else "Every block: no pattern was chosen."
+    body = ["<h2>What it kept</h2>", paragraph(nothing), side(*drawn)]
     if chosen:
         last = chosen[-1]
         columns = {
@@ -263,9 +239,8 @@ def _what(records, facts, thresholds) -> list[str]:
             for key, value in last.items()
             if isinstance(value, list) and not any(isinstance(entry, list) for entry in value)
         }
-        rows = [
-            [f"layer\u00a0{i}", *row] for i, row in enumerate(zip(*columns.values(), strict=True))
-        ]
+        layers = enumerate(zip(*columns.values(), strict=True))
+        rows = [[f"layer\u00a0{i}", *row] for i, row in layers]
         body.append(table(rows, [f"after step {last['step']:,}", *columns]))
     return body
 
@@ -305,17 +280,9 @@ def _cost(records, facts, thresholds) -> list[str]:
                 f"{rows[0][1] / len(took):.0%} of all."
             )
         )
-    header = ["phase", "steps", "ms/step", "time", "share", "memory"]
-    body.append('<div class="side">')
-    body.append(table(rows, [*header, "GFLOP/s"]))
-    body.append(
-        picture(
-            "Milliseconds a step (in the table: median), evaluations not counted; peak memory.",
-            figures.pace,
-            records,
-        )
-    )
-    body.append("</div>")
+    header = ["phase", "steps", "ms/step", "time", "share", "memory", "GFLOP/s"]
+    caption = "Milliseconds a step (in the table: median), evaluations not counted; peak memory."
+    body.append(side(table(rows, header), picture(caption, figures.pace, records)))
     return body
 
 
@@ -326,8 +293,7 @@ def _setup(records, facts, thresholds) -> list[str]:
         sizes = ", ".join(f"{h['micro_batch_size']} at step {h['step']:,}" for h in halved)
         body.append(paragraph(f"Memory ran out; the micro-batch was halved to {sizes}."))
     body.append(f"<p><code>{escape(facts.get('command', '?'))}</code></p>")
-    body.append('<div class="side">')
-    config = facts.get("config", {})
+    tables, config = [], facts.get("config", {})
     for title, section in (
         ("model", config.get("model")),
         ("training", config.get("training")),
@@ -337,9 +303,8 @@ def _setup(records, facts, thresholds) -> list[str]:
     ):
         if section:
             rows = [[key, _text(v)] for key, v in section.items() if v != facts.get("command")]
-            body.append(table(rows, [title, ""], "facts"))
-    body.append("</div>")
-    return body
+            tables.append(table(rows, [title, ""], "facts"))
+    return [*body, side(*tables)]
 
 
 def _text(value: Any) -> Any:

@@ -138,40 +138,39 @@ OF_LAYERS = (
 )
 
 
+def _event(run: Run, event: str, values: dict[str, Any]) -> None:
+    """With where the run is, when, and how much memory it took."""
+    where = {"step": run.step, "phase": run.phase}
+    cost = {"seconds": run.seconds, "peak_memory_bytes": memory.peak_bytes(run.device)}
+    run.log.event(event, **{**where, **values, **cost})
+
+
+def _scalars_of_layers(run: Run, group: str, values: Values) -> None:
+    scalars = {
+        f"{group}/layer{layer}/{name}": value
+        for name, column in values.items()
+        for layer, value in enumerate(column or ())
+    }
+    run.log.scalars(run.step, scalars)
+
+
 def step_done(run: Run, result: StepResult, verdict: Verdict | None) -> None:
-    peak = memory.peak_bytes(run.device)
     num_layers = run.config.model.num_layers
     values: dict[str, list[float | None]] = {name: [None] * num_layers for name in OF_LAYERS}
     if verdict is not None and run.observation is not None:
         values |= run.observation.values
         values |= {name: column or [None] * num_layers for name, column in verdict.values.items()}
-    run.log.event(
-        "train",
-        step=run.step,
-        phase=run.phase,
-        loss=result.loss,
-        attention_loss=result.attention_loss,
-        accuracy=result.accuracy,
-        learning_rate=result.learning_rate,
-        gradient_norm=result.gradient_norm,
-        loss_scale=result.loss_scale,
-        skipped=result.skipped,
-        **values,
-        seconds=run.seconds,
-        peak_memory_bytes=peak,
-    )
-    scalars: dict[str, float | None] = {
-        "train/loss": result.loss,
-        "train/accuracy": result.accuracy,
-        "train/attention_loss": result.attention_loss,
-        "train/learning_rate": result.learning_rate,
-        "train/gradient_norm": result.gradient_norm,
-        "train/loss_scale": result.loss_scale,
+    measured: dict[str, float | None] = {
+        "loss": result.loss,
+        "attention_loss": result.attention_loss,
+        "accuracy": result.accuracy,
+        "learning_rate": result.learning_rate,
+        "gradient_norm": result.gradient_norm,
+        "loss_scale": result.loss_scale,
     }
-    for name, column in values.items():
-        for layer, value in enumerate(column):
-            scalars[f"criterion/layer{layer}/{name}"] = value
-    run.log.scalars(run.step, scalars)
+    _event(run, "train", {**measured, "skipped": result.skipped, **values})
+    run.log.scalars(run.step, {f"train/{name}": value for name, value in measured.items()})
+    _scalars_of_layers(run, "criterion", values)
 
     per_step = run.seconds / run.step
     best = "" if run.best_accuracy is None else f" dev {run.best_accuracy:.3f}"
@@ -184,7 +183,7 @@ def step_done(run: Run, result: StepResult, verdict: Verdict | None) -> None:
         run.log.line(
             f"step {run.step}: {per_step * 1e3:.0f} ms a dense step; the whole schedule would "
             f"take {whole} at this pace, sparse steps are faster; "
-            f"peak memory {memory.human(peak)}"
+            f"peak memory {memory.human(memory.peak_bytes(run.device))}"
         )
     if verdict is not None and not verdict.ready and run.step % OUTLOOK_EVERY == 0:
         run.log.line(f"step {run.step}, still dense: {verdict.reason}")
@@ -215,18 +214,7 @@ def evaluation_done(run: Run, result: Evaluation, saved: bool) -> None:
     log.line(f"Valid Loss: {result.loss:2.5f}")
     log.line(f"Valid Accuracy: {result.accuracy:2.5f}")
     log.line(f"time stamp: {run.seconds:.2f}")
-    log.event(
-        "eval",
-        step=run.step,
-        phase=run.phase,
-        loss=result.loss,
-        attention_loss=result.attention_loss,
-        accuracy=result.accuracy,
-        num_examples=result.num_examples,
-        saved=saved,
-        seconds=run.seconds,
-        peak_memory_bytes=memory.peak_bytes(run.device),
-    )
+    _event(run, "eval", {**vars(result), "saved": saved})
     log.scalars(
         index,
         {
@@ -373,12 +361,7 @@ def probed(run: Run, values: Values, said: bool = False) -> None:
                 f"away from it"
             )
     run.log.event("probe", step=run.step, phase=run.phase, **values)
-    scalars = {
-        f"probe/layer{layer}/{name}": value
-        for name, column in values.items()
-        for layer, value in enumerate(column)
-    }
-    run.log.scalars(run.step, scalars)
+    _scalars_of_layers(run, "probe", values)
 
 
 def resume_hint(run: Run, why: str) -> None:
@@ -417,16 +400,8 @@ def test_done(log, result: Evaluation, seconds: float, phase: str) -> None:
 def run_finished(run: Run, result: Evaluation, tested: TrainState) -> None:
     """The last event, the result in run.json, the picture of the run. What is reported is the
     checkpoint that was tested, whatever the run did after it."""
-    run.log.event(
-        "end",
-        step=run.step,
-        phase=tested.phase,
-        loss=result.loss,
-        accuracy=result.accuracy,
-        seconds=run.seconds,
-        peak_memory_bytes=memory.peak_bytes(run.device),
-        **_still_dense(run),
-    )
+    outcome = {"phase": tested.phase, "loss": result.loss, "accuracy": result.accuracy}
+    _event(run, "end", {**outcome, **_still_dense(run)})
     record(
         run,
         result={

@@ -17,7 +17,7 @@ from models.config import ModelConfig
 @dataclass(frozen=True)
 class StatisticsRequest:
     """What a forward reports about its attention: statistics if it is dense, with `probe` an
-    AttentionProbe if it is sparse.
+    AttentionProbe if it is sparse; a probe ends with the last attention and gives no logits.
 
     groups: equal parts of the examples whose means are kept apart.
     full: also the [groups, N, N] mean attention, not only what the pattern loss needs.
@@ -150,12 +150,11 @@ class Attention(nn.Module):
         rest = pruned * (self.block_size * (-lse.double()).exp())
         of_rows = (1 - rest).masked_fill_(lse.isinf(), 0.0).mean(1)
         error = out.float() - dense.float()
+        # of each row in its own type, over rows in float64
+        squares = [
+            torch.linalg.vector_norm(x, dim=-1).double().square() for x in (error, dense.float())
+        ]
         if mask is not None:
             of_rows = of_rows * real_row_weights(mask)
-            dense, error = (x * mask[:, None, :, None] for x in (dense, error))
-        return AttentionProbe(
-            pooled_real=pooled,
-            used_mass=of_rows.mean(),
-            squared_error=torch.linalg.vector_norm(error, dtype=torch.float64) ** 2,
-            squared_norm=torch.linalg.vector_norm(dense, dtype=torch.float64) ** 2,
-        )
+            squares = [square * mask[:, None] for square in squares]
+        return AttentionProbe(pooled, of_rows.mean(), *(square.sum() for square in squares))

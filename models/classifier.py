@@ -20,11 +20,11 @@ DENSE_STATISTICS = StatisticsRequest()
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """logits [B, num_classes] fp32; statistics of each layer's attention (in the dense phase; in
-    the sparse one an AttentionProbe of each layer if asked for, else None); with two inputs
-    `statistics` is that of document 0 and `statistics_1` holds the pooled statistics of document
-    1. real_keys: bool [B, N] of each document, which keys attention looks
-    at; empty where it looks at all.
+    """logits [B, num_classes] fp32, empty of a probe; statistics of each layer's attention (in the
+    dense phase; in the sparse one an AttentionProbe of each layer if asked for, else None); with
+    two inputs `statistics` is that of document 0 and `statistics_1` holds the pooled statistics of
+    document 1. real_keys: bool [B, N] of each document, which keys attention looks at; empty where
+    it looks at all.
     """
 
     logits: Tensor
@@ -74,14 +74,13 @@ class SequenceClassifier(nn.Module):
                     f"sequences must have length {config.padded_length}, not {given.shape[-1]}"
                 )
         pooled, collected, real = self.model(ids, dropout_key, statistics, 0)
-        if ids_1 is None:
-            of_one = () if real is None else (real,)
-            return ModelOutput(self.seq_classifer(pooled), collected, None, of_one)
-        second_site = 1 + SITES_PER_LAYER * config.num_layers
-        pooled_only = statistics.pooled_only() if statistics is not None else None
-        pooled_1, collected_1, real_1 = self.model(ids_1, dropout_key, pooled_only, second_site)
-        logits = self.seq_classifer(pooled, pooled_1)
-        real_keys = () if real is None or real_1 is None else (real, real_1)
+        pooled_1 = collected_1 = real_1 = None
+        if ids_1 is not None:
+            second_site = 1 + SITES_PER_LAYER * config.num_layers
+            only = statistics.pooled_only() if statistics is not None else None
+            pooled_1, collected_1, real_1 = self.model(ids_1, dropout_key, only, second_site)
+        logits = ids.new_empty(0) if pooled is None else self.seq_classifer(pooled, pooled_1)
+        real_keys = tuple(keys for keys in (real, real_1) if keys is not None)
         return ModelOutput(logits, collected, collected_1, real_keys)
 
     @property

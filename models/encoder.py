@@ -75,9 +75,9 @@ class Encoder(nn.Module):
         dropout_key: DropoutKey | None,
         request: StatisticsRequest | None,
         first_site: int,
-    ) -> tuple[Tensor, list[Any] | None, Tensor | None]:
-        """ids int64 [B, N] -> [B, transformer_dim], what was asked for of each layer's
-        attention, and which keys are real, bool [B, N], if not all count as such."""
+    ) -> tuple[Tensor | None, list[Any] | None, Tensor | None]:
+        """ids int64 [B, N] -> [B, transformer_dim] (None of a probe), what was asked for of each
+        layer's attention, and which keys are real, bool [B, N], if not all count as such."""
         config = self.config
         if config.pooling_mode == "CLS":
             start = ids.new_full((ids.shape[0], 1), config.vocab_size - 1)
@@ -110,6 +110,8 @@ class Encoder(nn.Module):
             attended, statistics = layer.mha(normed, key_padding_mask, request, mean_out)
             if statistics is not None:
                 collected.append(statistics)
+            if index + 1 == len(layers) and request and request.probe and layer.mha.layout:
+                return None, collected, key_padding_mask  # nothing more is asked for
             x, normed = kernels.attention_output_feed_forward(
                 x,
                 attended,

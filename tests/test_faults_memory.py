@@ -120,6 +120,28 @@ def test_an_exhausted_criterion_is_a_sentence(fresh, capsys, monkeypatch):
     assert "memory exhausted" in error and error.count("\n") == 1
 
 
+def test_a_checkpoint_that_memory_does_not_hold_is_not_damaged(fresh, capsys, monkeypatch):
+    """To go back to the one before it would lose steps that were saved."""
+    from training.recording import checkpoint
+
+    assert tiny.train(fresh, "--stop_after", "12") == 0
+    capsys.readouterr()
+    verify, calls = checkpoint.verify_checksums, []
+
+    def exhausted(file):
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return verify(file)
+
+    monkeypatch.setattr(checkpoint, "verify_checksums", exhausted)
+    assert tiny.train(fresh, "--resume") == 1
+    error = capsys.readouterr().err
+    assert error == "error: there is not enough memory; nothing that was saved is lost\n"
+    assert tiny.train(fresh, "--resume", "--stop_after", "13") == 0
+    assert "resumed at step 12, " in capsys.readouterr().out
+
+
 def test_exhaustion_is_known_by_what_it_led_to():
     """torch's writer of files fails once more as it is left."""
 

@@ -92,6 +92,11 @@ def guarded(job: Callable[[], int]) -> int:
     except (TrainingFailed, PeerLostError) as error:
         shell.say(f"error: {error}", sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        shell.say("error: there is not enough memory; nothing that was saved is lost", sys.stderr)
+        return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         shell.say(f"error: {where}{error.strerror or error}", sys.stderr)

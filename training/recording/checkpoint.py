@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from training import memory
 from training.recording.files import CheckpointError, replace_file, verify_checksums
 from training.recording.paths import previous_path
 from training.recording.reference_files import forbidden_name, load_masks, patterns_of, some_names
@@ -179,6 +180,8 @@ def _load_verified(path: Path) -> Any:
             try:
                 verify_checksums(file)
             except Exception as error:  # a damaged zip can raise almost anything
+                if memory.is_exhausted(error):
+                    raise
                 if head == _LEGACY:
                     raise CheckpointError(
                         f"{path} is a torch file of the old format (before torch 1.6), which has "
@@ -195,6 +198,8 @@ def _load_verified(path: Path) -> Any:
             try:
                 return torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:
+                if memory.is_exhausted(error):
+                    raise
                 forbidden = forbidden_name(error)
                 if forbidden is not None:
                     reason = f"wants to use {forbidden}"

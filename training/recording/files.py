@@ -200,6 +200,8 @@ def _is_whole(path: Path) -> bool:
         with path.open("rb") as file:
             verify_checksums(file)
         return True
+    except MemoryError:
+        raise
     except Exception:  # a damaged zip can raise almost anything
         return False
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from training import memory
 from training.recording.files import CheckpointError, replace_file
 from training.recording.paths import masks_path_of
 
@@ -57,6 +58,8 @@ def load_masks(path: str | Path) -> torch.Tensor:
     except _ForbiddenError as error:
         raise CheckpointError(f"{path} wants {error}, which block masks never need") from error
     except Exception as error:  # a damaged pickle can raise almost anything
+        if memory.is_exhausted(error):
+            raise
         raise CheckpointError(f"{path} is damaged or no file of block masks") from error
     if (
         not isinstance(masks, torch.Tensor)

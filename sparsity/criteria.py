@@ -176,7 +176,7 @@ class Settled(Criterion):
         skewness: threshold of the skewness; distance: of the change of distance, in percent.
     """
 
-    name, sign, verb = "settled", "<", "below"
+    name, sign, verb = "settled", "<", "less than"
     description = "skewed in every layer, and its change below --ds (the reference's)"
     options = ("skewness", "distance")
     remedy = "a lower --sk, a higher --ds"
@@ -195,8 +195,8 @@ class Settled(Criterion):
     def describe(self) -> str:
         skewness, change = self.conditions
         return (
-            f"sparse once, on the same step and in every layer, skewness >= "
-            f"{skewness.threshold:g} (no unit) and the Frobenius distance between successive "
+            f"sparse as soon as, in every layer on the same step, skewness >= "
+            f"{skewness.threshold:g} and the Frobenius distance between successive "
             f"steps changes by {self.verb} {change.threshold:g} percent ({self.name})"
         )
 
@@ -260,7 +260,7 @@ class Settled(Criterion):
 class Shifting(Settled):
     """As Settled, with change_l > distance: how one of the reference's notes words it."""
 
-    name, sign, verb = "shifting", ">", "above"
+    name, sign, verb = "shifting", ">", "more than"
     description = "skewed in every layer, and its change above --ds"
 
 

@@ -22,6 +22,8 @@ def possible(item) -> bool:
     # products of bf16 are compiled where the instruction set has them
     if params.get("products") == "bf16" and "bf16" not in params.get("isa", "bf16"):
         return False
+    if params.get("isa") == "amx-emulated" and str(params.get("dtype")) == "torch.float32":
+        return False  # AMX multiplies bf16
     case = next((value for value in params.values() if hasattr(value, "claims")), None)
     return case is None or case.claims(  # attention_backends.py
         op=params.get("which") if params.get("which") in ("sparse", "dense") else None,

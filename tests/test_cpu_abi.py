@@ -28,8 +28,6 @@ def isa(request):
     if request.param == "amx-emulated":
         if reason := emulated_amx.reason_unavailable():
             pytest.skip(reason)
-        if request.node.callspec.params["dtype"] == torch.float32:
-            pytest.skip("AMX multiplies bf16")
         with emulated_amx.active():
             yield request.param
         return

@@ -112,6 +112,7 @@ def serve(drawing):
         raise error
 
     signal.signal(signal.SIGUSR2, run_out_of_memory)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
     for line in sys.stdin:
         arguments, output, places = json.loads(line)
         child = os.fork()
@@ -456,8 +457,9 @@ def end_in(server, command, kind, place, rng, lasts):
             os.kill(process, 0)
             time.sleep(0.0005)
         time.sleep(rng.uniform(0, lasts[place]))
-        hit = server.places()[-1][1]
+        where = server.places()[-1][1]
         os.kill(process, number)
+        hit = where
     code = server.finish()
     if kind == "SIGKILL" and code < 0:
         hit = server.places()[-1][1]

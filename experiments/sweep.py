@@ -440,10 +440,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str], entry: Path = ENTRY) -> int:
     args, more = parse_arguments(argv)
     from config import Aliases, Config
+    from training import shell
     from training.errors import UserError
     from training.recording.log import write_json, write_text
     from training.settings import resolve_task
 
+    shell.prepare_streams()
     try:
         trials = [
             Trial(

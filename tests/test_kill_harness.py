@@ -11,6 +11,7 @@ import importlib
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import select
@@ -26,7 +27,6 @@ import pytest
 import tiny
 import torch
 
-from preprocess import writer
 from training.recording.checkpoint import load_checkpoint
 from training.recording.log import RunLog, import_tensorboard
 from training.recording.paths import RunPaths
@@ -193,13 +193,14 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for split, count in (("train", 200), ("dev", 40), ("test", 16)):
-        with writer.SplitWriter(folder, TASK, split) as items:
-            for _ in range(count):
-                label = rng.integers(0, 2)
-                ids = np.zeros(LENGTH, np.int32)
-                used = rng.integers(LENGTH // 2, LENGTH + 1)
-                ids[:used] = rng.integers(1, 8, used) + 8 * label * (rng.random(used) < 0.3)
-                items.add(input_ids_0=ids, label=np.int64(label))
+        items = []
+        for _ in range(count):
+            label = rng.integers(0, 2)
+            ids = np.zeros(LENGTH, np.int32)
+            used = rng.integers(LENGTH // 2, LENGTH + 1)
+            ids[:used] = rng.integers(1, 8, used) + 8 * label * (rng.random(used) < 0.3)
+            items.append({"input_ids_0": ids, "label": np.int64(label)})
+        (folder / f"{TASK}.{split}.pickle").write_bytes(pickle.dumps(items))
     return folder
 
 

@@ -256,8 +256,8 @@ def parser_of(task: Task) -> argparse.ArgumentParser:
         text = "ids an example, zeros at the end (default: %(default)s)"
         own = {"default": task.length, "help": text}
         group.add_argument("--padded_length", type=positive, metavar="N", **own)
-    seed = number(int, 0, 2**64 - 1)  # what NumPy's generators take
-    group.add_argument("--seed", type=seed, default=0, help="of all draws (default: %(default)s)")
+    seed, text = number(int, 0, 2**64 - 1), "of all draws (default: %(default)s)"
+    group.add_argument("--seed", type=seed, default=0, help=text)
     text = "stop at a broken example, or skip, count and report it (default: %(default)s)"
     group.add_argument("--on_error", choices=("stop", "skip"), default="stop", help=text)
     text = "accept a source that is not the whole data set as it is known"

@@ -149,7 +149,6 @@ def _draw_scenes(level: Level, count: int, random: _Random) -> tuple[np.ndarray,
         _stamp(forbidden, path.reshape(len(path), -1, 2), CLEARANCE)
         _stamp(forbidden, tips, TIP_CLEARANCE)
         _stamp(forbidden_tips, path.reshape(len(path), -1, 2), TIP_CLEARANCE)
-
     n = len(forbidden)
     dashes = long_paths
     path_of_dash = [np.full((n, level.contour_length), i, np.int16) for i in range(2)]

@@ -91,15 +91,18 @@ class _Stream(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
+        data = self.readall(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self, size: int = -1) -> bytes:
         try:
             self.file = self.file or self.opener()
-            data = self.file.read(len(buffer))
+            return self.file.read(size)
         except (OSError, *DAMAGE) as error:
             if is_damage(error):
                 raise self.broken(error) from error
             raise
-        buffer[: len(data)] = data
-        return len(data)
 
 
 _zip = functools.lru_cache(1)(zipfile.ZipFile)  # opened once a process
@@ -216,10 +219,10 @@ def _tar_members(path: Path, wanted, links: dict[str, str]) -> Iterator[Member]:
     def broken(error: Exception) -> UserError:
         return damaged(path, "tar archive", error, where.replace("after", "in"))
 
-    with _naming(path, "tar archive", lambda: where), open(path, "rb") as file:
-        opener = _opener(file.read(6))
-        file.seek(0)
-        stream = opener(file) if opener else file
+    with _naming(path, "tar archive", lambda: where), open(path, "rb") as packed:
+        opener = _opener(packed.read(6))
+        packed.seek(0)
+        stream = opener(packed) if opener else packed
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 # tarfile keeps every header it has seen: 600,000 pictures would take 500 MB
@@ -229,8 +232,8 @@ def _tar_members(path: Path, wanted, links: dict[str, str]) -> Iterator[Member]:
                 if member.isreg():
                     where = f"after {member.name}"
                     raw = _Stream(functools.partial(archive.extractfile, member), broken)
-                    reader = io.BufferedReader(raw)
-                    yield Member(member.name, f"{path}:{member.name}", file=reader)
+                    file = io.BufferedReader(raw)
+                    yield Member(member.name, f"{path}:{member.name}", file=file)
                 elif member.islnk() or member.issym():
                     base = posixpath.dirname(member.name) if member.issym() else ""
                     target = posixpath.normpath(posixpath.join(base, member.linkname))

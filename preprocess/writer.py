@@ -38,8 +38,7 @@ SYNC = 16 << 20
 
 
 def _text(value: str) -> bytes:
-    data = value.encode()
-    return b"\x8c" + bytes([len(data)]) + data  # SHORT_BINUNICODE
+    return b"\x8c" + bytes([len(value)]) + value.encode()  # SHORT_BINUNICODE
 
 
 def _global(module: str, name: str) -> bytes:

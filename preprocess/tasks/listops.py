@@ -131,7 +131,6 @@ def write_trees(levels: list[np.ndarray], num_trees: int, keep_brackets: bool, p
             starts = np.cumsum(num_args) - num_args
             length[level["is_operator"]] = own + np.add.reduceat(lengths[0], starts)
         lengths.insert(0, length)
-
     ids = np.zeros((num_trees, padded), dtype=np.int32)
     flat = ids.reshape(-1)
     start = np.arange(num_trees) * padded

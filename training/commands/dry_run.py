@@ -81,7 +81,7 @@ def dry_run(run: Run, notices: Sequence[str] = ()) -> int:
     print(
         f"all {steps:,} steps: {duration(steps * seconds['sparse'])} sparse, "
         f"{duration(steps * seconds['dense'])} dense; "
-        f"a run lies between, by when it switches (evaluation not counted)"
+        "a run takes a time in between, depending on when it switches (without evaluations)"
     )
     print(
         f"peak memory: {memory.human(peaks['dense'])} ({memory.human(before)} before the first "

@@ -48,6 +48,7 @@ TRAINING = {
 
 # functions that a run is seen to enter and to leave, and what it does there
 PLACES = {
+    "training.commands.launch.guarded": "start",
     "training.loop.train_step": "step",
     "training.loop.evaluate_and_keep_best": "evaluation",
     "training.loop.enter_next_phase": "transition",
@@ -83,7 +84,7 @@ def serve(drawing):
     if not drawing:
         words.draw_blocks, words.write_run_page = (lambda *_: None), (lambda *_: None)
         words.save_png = lambda *_: np.zeros((2, 2, 3), np.uint8)
-    inside = ["start"]
+    inside = ["arguments"]
 
     def note():
         if where is not None:
@@ -440,7 +441,7 @@ KINDS = {
 # which of its visits of a place a run is ended in, at most
 VISITS = {"start": 1, "step": 9, "save": 9, "evaluation": 3, "probe": 2}
 LONG = ("step", "evaluation", "transition", "save", "picture", "test")
-MOMENTS = list(itertools.product(KINDS, ["start", *dict.fromkeys(PLACES.values())]))
+MOMENTS = list(itertools.product(KINDS, dict.fromkeys(PLACES.values())))
 
 
 def end_in(server, command, kind, place, rng, lasts):

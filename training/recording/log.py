@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -139,17 +139,11 @@ class RunLog(NullLog):
 
     def line(self, text: str = "") -> None:
         if self._bar is not None:
-            self._on_bar(lambda bar: bar.clear())
+            self._bar.clear()
         shell.say(text)
         while shell.lost:
             self.note(f"the console takes no more lines: {shell.lost.pop()}")
         self.note(text)
-
-    def _on_bar(self, act: Callable[[Any], Any]) -> None:
-        try:
-            act(self._bar)
-        except (OSError, ValueError):  # the terminal is gone
-            self._bar = None
 
     def note(self, text: str) -> None:
         if self._log is not None:
@@ -190,7 +184,7 @@ class RunLog(NullLog):
     def progress(self, step: int, text: str) -> None:
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
-            self._on_bar(lambda bar: bar.update(step - bar.n))
+            self._bar.update(step - self._bar.n)  # tqdm itself bears a terminal that is gone
 
     def sync(self) -> dict[str, int]:
         if self._metrics is not None:

@@ -120,10 +120,12 @@ def test_labels_of_any_integer_type(tmp_path):
 
 
 def test_reads_what_the_writer_writes(tmp_path):
-    with writer.SplitWriter(tmp_path, "lra-x", "dev", notify=Notices()) as out:
+    with writer.open_set(tmp_path, "lra-x", notify=Notices()) as files:
         for i, row in enumerate(rows(1500)):
-            out.add(input_ids_0=row.astype(np.int32), label=np.int64(i % 10))
-    check(dataset.open_dataset(out.path, **TASK, notify=Notices()), rows(1500))
+            for out in files.values():
+                out.add(input_ids_0=row.astype(np.int32), label=np.int64(i % 10))
+    for out in files.values():
+        check(dataset.open_dataset(out.path, **TASK, notify=Notices()), rows(1500))
 
 
 # ---- which cache belongs to which pickle --------------------------------------------------------
@@ -572,10 +574,11 @@ def test_full_size(tmp_path):
 
     try:
         ids = np.random.default_rng(0).integers(33, 128, (1000, 1024)).astype(np.int32)
-        with writer.SplitWriter(tmp_path, "lra-yelp1", "train", notify=Notices()) as out:
+        with writer.open_set(tmp_path, "lra-yelp1", ("train", "test"), notify=Notices()) as files:
+            files["test"].add(input_ids_0=ids[0], label=np.int64(0))
             for i in range(560_000):
                 ids[i % 1000, :1] = i % 400
-                out.add(input_ids_0=ids[i % 1000], label=np.int64(i % 2))
+                files["train"].add(input_ids_0=ids[i % 1000], label=np.int64(i % 2))
         first = start()
         assert "converting once" in first.stdout.readline()
         results = [json.loads(first.stdout.readline())]

@@ -144,6 +144,7 @@ def as_on_cuda(count: Count) -> Iterator[None]:
     from torch.nn.utils import clip_grad
 
     from kernels import cuda, triton, triton_layer
+    from kernels.dropout import _uploaded as dropout_keys
     from training import forward
 
     def dropout(x, p=0.5, training=True, inplace=False):
@@ -177,6 +178,7 @@ def as_on_cuda(count: Count) -> Iterator[None]:
     finally:
         for (owner, name, _), value in zip(replaced, before, strict=True):
             setattr(owner, name, value)
+        dropout_keys.cache_clear()  # of fake tensors
 
 
 def count_step(contender: str, task: str, batch: int, backend: str) -> Count:

@@ -277,19 +277,19 @@ def project_backward(
         there = first + tl.arange(0, M) < tokens_in_all
         of_x, at = _tile(first, M, E), _tile(first, M, K)
         x = _rows(x_in, of_x, there)
-        dq, dk, dv = (
-            _rows(dquery_in, at, there),
-            _rows(dkey_in, at, there),
-            _rows(dvalue_in, at, there),
-        )
-        dx = _dot(dq, wq) + _dot(dk, wk) + _dot(dv, wv)
-        _put(dx_out, of_x, dx, there)
+        dq = _rows(dquery_in, at, there)
         of_wq += _dot(tl.trans(dq), x)
-        of_wk += _dot(tl.trans(dk), x)
-        of_wv += _dot(tl.trans(dv), x)
         of_bq += tl.sum(dq.to(tl.float32), 0)
+        dx = _dot(dq, wq)
+        dk = _rows(dkey_in, at, there)
+        of_wk += _dot(tl.trans(dk), x)
         of_bk += tl.sum(dk.to(tl.float32), 0)
+        dx += _dot(dk, wk)
+        dv = _rows(dvalue_in, at, there)
+        of_wv += _dot(tl.trans(dv), x)
         of_bv += tl.sum(dv.to(tl.float32), 0)
+        dx += _dot(dv, wv)
+        _put(dx_out, of_x, dx, there)
     SIZE: tl.constexpr = K * E + K
     dparameters += tl.program_id(0).to(tl.int64) * (3 * SIZE)
     _put_matrix(dparameters, of_wq, K, E)
@@ -596,7 +596,7 @@ class EmbedNorm(torch.autograd.Function):
         eps, threshold, scale, site, norm_dtype = ctx.rest
         (B, N, E), V = x.shape, len(words)
         dnormed = _dense(dnormed, x, norm_dtype)
-        M = 32
+        M = 16
         tiles = triton.cdiv(N, M)
         splits = min(B, max(1, PROGRAMS // tiles))
         dpositions = x.new_empty(splits, N, E, dtype=torch.float32)
@@ -677,7 +677,7 @@ class Layer(torch.autograd.Function):
         dnormed = _dense(dnormed, y, attended.dtype)
         dx, dattended = torch.empty_like(y), torch.empty_like(attended)
         output_w, _, norm_w, norm_b, expand_w, _, contract_w, _, next_w, _ = parameters
-        M = 32
+        M = 16  # with 32 registers would not suffice
         grid = _walk(B * N, M)
         size = sum(parameter.numel() for parameter in parameters)
         partial = y.new_empty(*grid, size, dtype=torch.float32)
@@ -726,7 +726,7 @@ class AddNorm(torch.autograd.Function):
             add_norm_backward, grid,
             y, y if dy is None else dy.contiguous(), _dense(dnormed, y, norm_dtype), weight, key,
             dx, dbranch, partial, B * N, N, site, threshold, scale, eps,
-            M=M, E=E, DROPOUT=threshold > 0, DY=dy is not None,
+            M=M, E=E, DROPOUT=threshold > 0, DY=dy is not None, num_warps=8,
         )  # fmt: skip
         return dx, dbranch, *_sum_of_programs(partial, [weight, bias]), None, None, None, None
 

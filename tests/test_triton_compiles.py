@@ -1,12 +1,15 @@
-"""Every Triton kernel, as it is launched, compiles for sm_80 and sm_90 and fits: the interpreter
-takes programs that the compiler refuses, and knows no limits.
+"""Every Triton kernel, as it is launched, compiles for sm_80 and sm_90, fits into shared memory
+and, at head_dim 32 and 64, into registers: the interpreter takes programs that the compiler
+refuses, and knows no limits.
 
     python tests/test_triton_compiles.py        (without TRITON_INTERPRET)
 """
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,8 +31,8 @@ def test_every_kernel_compiles():
 
 
 def record():
-    """Launches of all operations in each dtype, none of which happens: kernel, arguments by name,
-    constants."""
+    """Launches of all operations in each dtype, none of which happens: kernel, types of arguments
+    by name, constants, arguments that are 1, and those that are multiples of 16."""
     import torch
 
     from kernels import (
@@ -54,9 +57,20 @@ def record():
     launches = {}
 
     def launch(kernel, grid, *arguments, **constants):
+        """As Triton specialises it: numbers that are 1, pointers and numbers in sixteens."""
         names = [name for name in kernel.arg_names if name not in constants]
-        types = {name: signature(x) for name, x in zip(names, arguments, strict=True)}
-        launches[repr((kernel.__name__, types, constants))] = kernel, types, constants
+        given = dict(zip(names, arguments, strict=True))
+        plain = {p.name for p in kernel.params if p.do_not_specialize}
+        ones = {n: 1 for n, x in given.items() if type(x) is int and x == 1 and n not in plain}
+        types = {name: signature(x) for name, x in given.items() if name not in ones}
+        aligned = [
+            name
+            for name, x in given.items()
+            if not isinstance(x, float) and name not in plain | set(ones)
+            and (isinstance(x, torch.Tensor) or x % 16 == 0)
+        ]  # fmt: skip
+        key = repr((kernel.__name__, types, constants, ones, aligned))
+        launches[key] = kernel, types, constants, ones, aligned
 
     def signature(x):
         if isinstance(x, torch.Tensor):
@@ -96,12 +110,27 @@ def record():
         pooled = masked_mean(gelu_dropout(normed, site=5, **options), mask, backend="triton")
         pooled.sum().backward()
 
-    layouts = [BlockLayout.full(N // size, size) for size in (16, 64)]
+    everything = torch.ones(N // 16, N // 16, dtype=torch.bool)
+    layouts = [BlockLayout.from_mask(everything, 16, causal=True), BlockLayout.full(N // 64, 64)]
     for dtype in (torch.bfloat16, torch.float32):
-        for d in (32, 128):
+        for d in (32, 64, 128):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 layer(d)
     return launches.values()
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, where registers are spilled."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", found)[0]
+    return int(registers), int(stack)
 
 
 def main():
@@ -110,22 +139,21 @@ def main():
     from triton.compiler import ASTSource
 
     chosen = sys.argv[1:]
-    for kernel, types, constants in record():
+    for kernel, types, constants, ones, aligned in record():
         if chosen and kernel.__name__ not in chosen:
             continue
         options = {k: v for k, v in constants.items() if k.startswith("num_")}
-        fixed = {k: v for k, v in constants.items() if k not in options}
+        fixed = {k: v for k, v in constants.items() if k not in options} | ones
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*")
-        }
+        attributes = {(kernel.arg_names.index(x),): [["tt.divisibility", 16]] for x in aligned}
         for arch, limit in SHARED.items():
-            source = ASTSource(kernel, signature, fixed, aligned)
-            shared = compile(source, GPUTarget("cuda", arch, 32), options).metadata.shared
+            source = ASTSource(kernel, signature, fixed, attributes)
+            built = compile(source, GPUTarget("cuda", arch, 32), options)
+            shared, (registers, spilled) = built.metadata.shared, resources(built.asm["cubin"])
             what = f"{kernel.__name__} sm_{arch} {constants} {set(types.values())}: {shared} bytes"
+            what += f", {registers} registers, {spilled} spilled"
             assert shared <= limit, what
+            assert spilled == 0 or constants.get("D", 0) > 64, what
             print(f"{what} fits {limit}", flush=True)
 
 

@@ -96,13 +96,12 @@ def _attention(
     check_inputs(query=query, key=key, value=value)
     check_padding(key_padding_mask, query)
     _, H, N, d = query.shape
-    call = Call(op, query.device, (query.dtype,), (d,), N)
+    size = layout.block_size if layout is not None else None
+    call = Call(op, query.device, (query.dtype,), (d,), N, size)
     if layout is not None:
         layout.check(N, query.device)
         if layout.heads not in (None, H):
             raise ValueError(f"layout is for {layout.heads} heads, but there are {H}")
-        per_head = layout.heads is not None
-        call = call._replace(block_size=layout.block_size, causal=layout.causal, per_head=per_head)
     module = choose(call, backend)
     rest = layout, key_padding_mask, check_scale(scale, query), pruned_zero
     out, lse = module.attention(query, key, value, *rest, return_lse)

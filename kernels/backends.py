@@ -57,8 +57,6 @@ class Call(NamedTuple):
     sizes: tuple[int, ...] = ()  # head_dim, or the widths of rows (E; E, K; E, K, F)
     length: int = 0  # N
     block_size: int | None = None  # None: dense attention, without a layout
-    causal: bool = False
-    per_head: bool = False  # a layout of its own for each head
     words: int = 0  # V, rows of the word table
 
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import native, operators, reference
 from kernels.backends import NEEDS_A_KERNEL, Call
-from kernels.layout import BlockLayout
-from kernels.statistics import from_pieces
+from kernels.statistics import from_pieces, largest_and_inverse
 
 name = "cuda"
 
-ABI = 1  # sat_abi_version() in csrc/cuda/attention_cuda.cu
+ABI = 2  # sat_abi_version() in csrc/cuda/attention_cuda.cu
 DEVICE = "cuda"  # the tests run the same kernels emulated on the CPU
 LIBRARY = Path(__file__).resolve().parent / "libsat_cuda.so"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,9 +41,6 @@ def can_run(call: Call) -> str | None:
         return "there is no such kernel"
     if call.dtypes[0] not in TYPES:
         return f"dtype {call.dtypes[0]}, it computes float32, bfloat16 and float16"
-    if call.causal or call.per_head:
-        kind = "causal layout" if call.causal else "layout for each head"
-        return f"a {kind}, for which it is not compiled"
     (d,), N, block_size = call.sizes, call.length, call.block_size or _dense_block(call.length)
     if d > HEAD_DIMS[-1]:
         return f"head_dim {d}, it goes up to {HEAD_DIMS[-1]}"
@@ -70,7 +67,7 @@ def _cached_reason_too_large(device: int, type: int, head_dim: int, block_size: 
     if library is None:
         return reason
     shape = (1, 1, 1, _padded(head_dim))
-    packed = _ATTENTION.pack(*(0,) * 43, *shape, block_size, type, 0, 1, 0, 0.0, 0.0)
+    packed = _ATTENTION.pack(*(0,) * 43, *shape, block_size, type, *(0,) * 3, 1, 0, 0.0, 0.0)
     status = _on_device(library.sat_cuda_fits, packed, device)
     if status == NO_KERNEL_IMAGE:
         return f"{LIBRARY.name} was built for newer GPUs: run `sh compile.sh` on this machine"
@@ -78,16 +75,10 @@ def _cached_reason_too_large(device: int, type: int, head_dim: int, block_size: 
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: BlockLayout | None,
-    key_padding_mask: Tensor | None,
-    scale: float,
-    pruned_zero: bool,
-    return_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor | None]:
-    settings = layout, key_padding_mask, scale, pruned_zero, return_lse
+    """settings: as in reference.attention."""
+    layout, key_padding_mask, _, _, return_lse = settings
     # torch's flash attention takes no padding and no fp32; where it works it is hard to beat.
     unpadded = layout is None and key_padding_mask is None and not return_lse
     if unpadded and query.is_cuda and query.dtype != torch.float32:
@@ -131,10 +122,15 @@ def statistics_forward(
     query, key = operators.pad_head_dim(_padded(d), query, key)
     pieces = query.new_empty(B, H, N // GRANULE, N // GRANULE, dtype=torch.float32)
     rows = query.new_empty(2, B, H, N, dtype=torch.float32)
+    tensors = (query, key) + (None,) * 6
+    settings = *(None,) * 4, _dense_block(N), scale, False, False
+    if lse is None:
+        _run("denominators", tensors, rows, key_padding_mask, *settings)
+    else:
+        largest_and_inverse(lse, rows)
     _run(
-        "statistics", (query, key) + (None,) * 6, rows, key_padding_mask, *(None,) * 4,
-        _dense_block(N), scale, False, False, mean=mean, pieces=pieces, groups=groups,
-        accumulate=accumulate, mean_factor=mean_weight / (B // groups * H),
+        "statistics", tensors, rows, key_padding_mask, *settings, mean=mean, pieces=pieces,
+        groups=groups, accumulate=accumulate, mean_factor=mean_weight / (B // groups * H),
     )  # fmt: skip
     return from_pieces(pieces, GRANULE, block_size, row_weights)
 
@@ -143,7 +139,7 @@ def statistics_forward(
 
 # SatAttention in csrc/cuda/attention_cuda.cuh: 8 tensors (address, 3 strides); lse, delta, mask
 # and its 2 strides; lists; mean, pooled; sizes and settings; factors
-_ATTENTION = native.Struct("32q" + "5q" + "4q" + "2q" + "9q" + "2d")
+_ATTENTION = native.Struct("32q" + "5q" + "4q" + "2q" + "11q" + "2d")
 
 
 def _run(
@@ -151,26 +147,46 @@ def _run(
     groups=1, accumulate=False, mean_factor=0.0,
 ) -> None:  # fmt: skip
     """One call of the library; tensors: in the order of the struct, None where it needs none."""
-    *lists, block_size, scale, pruned_zero, _ = lists_and_settings
-    query = tensors[0]
-    device, (B, H, N, _) = query.device, query.shape
-    tensors = [None if x is None else _with_aligned_rows(x) for x in tensors]  # alive meanwhile
+    *lists, block_size, scale, pruned_zero, causal = lists_and_settings
+    query, mask = tensors[0], key_padding_mask
+    shape, dtype, device = query.shape, query.dtype, query.device
+    B, H, N, _ = shape
+    size, copies, numbers = dtype.itemsize, list[Tensor](), list[int]()  # copies: alive meanwhile
 
     def at(x: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> int:
         return 0 if x is None else native.pointer(x, shape, dtype, device)
 
-    strided: list[int] = []
     for x in tensors:
-        strided += (0,) * 4 if x is None else (_strided(x, query.shape, query), *x.stride()[:3])
-    mask = key_padding_mask
-    strided += at(rows[0], B, H, N), at(rows[1], B, H, N)
-    strided += (0,) * 3 if mask is None else (_strided(mask, (B, N), query), *mask.stride())
-    nb = N // block_size
-    kept = zip(lists, (nb + 1, nb * nb) * 2, strict=True)
+        if x is None:
+            numbers += (0, 0, 0, 0)
+            continue
+        address = native.pointer(x, shape, dtype, device, strided=True)
+        batch, head, row, inner = x.stride()
+        if inner != 1 or ((batch | head | row) * size | address) % 16:
+            # rows have to be whole and to start at multiples of 16 bytes
+            x = x.clone(memory_format=torch.contiguous_format)
+            copies.append(x)
+            address = native.pointer(x, shape, dtype, device)
+            batch, head, row, _ = x.stride()
+        numbers += (address, batch, head, row)
+    numbers += at(rows[0], B, H, N), at(rows[1], B, H, N)
+    if mask is None:
+        numbers += (0, 0, 0)
+    else:
+        address = native.pointer(mask, (B, N), torch.bool, device, strided=True)
+        numbers += (address, *mask.stride())
+    nb, head_lists = N // block_size, 0
+    if lists[0] is None:
+        numbers += (0, 0, 0, 0)
+    else:
+        layouts = len(lists[0]) // (nb + 1)  # 1 or H
+        head_lists = nb + 1 if layouts > 1 else 0
+        for i, x in enumerate(lists):
+            numbers.append(at(x, layouts * (nb * nb if i % 2 else nb + 1), dtype=torch.int32))
     packed = _ATTENTION.pack(
-        *strided, *(at(x, size, dtype=torch.int32) for x, size in kept), at(mean, groups, N, N),
-        at(pieces, B, H, N // GRANULE, N // GRANULE), *query.shape, block_size,
-        TYPES[query.dtype], pruned_zero, groups, accumulate, scale, mean_factor,
+        *numbers, at(mean, groups, N, N), at(pieces, B, H, N // GRANULE, N // GRANULE), *shape,
+        block_size, TYPES[dtype], pruned_zero, causal, head_lists, groups, accumulate, scale,
+        mean_factor,
     )  # fmt: skip
     library, reason = _load()
     if library is None:
@@ -186,27 +202,12 @@ def _run(
         raise error(f"CUDA attention failed ({what}): {library.sat_cuda_error(status).decode()}")
 
 
-def _strided(x: Tensor, shape, query: Tensor) -> int:
-    dtype = torch.bool if x.dtype == torch.bool else query.dtype
-    return native.pointer(x, shape, dtype, query.device, strided=True)
-
-
 def _on_device(function, packed: bytes, device: int, *stream: int | None) -> int:
     """The library sets its device behind torch's back: the guard puts it right again."""
     if not torch.cuda.is_initialized():
         return function(packed, device, *stream)
     with torch.cuda.device(device):
         return function(packed, device, *stream)
-
-
-def _with_aligned_rows(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if its rows are not whole or do not start at multiples of 16 bytes."""
-    *outer, inner = tensor.stride()
-    address = native.pointer(tensor, tensor.shape, tensor.dtype, tensor.device, strided=True)
-    aligned = inner == 1 and address % 16 == 0
-    if aligned and all(stride * tensor.element_size() % 16 == 0 for stride in outer):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def source_hash() -> str | None:
@@ -228,7 +229,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the types of its functions set."""
     library.sat_cuda_error.restype = ctypes.c_char_p
-    for what in ("forward", "backward", "statistics"):
+    for what in ("forward", "backward", "denominators", "statistics"):
         function = getattr(library, f"sat_cuda_{what}")
         function.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p)
     library.sat_cuda_fits.argtypes = (ctypes.c_char_p, ctypes.c_int)

@@ -5,6 +5,7 @@ Shape letters: B batch, H heads, N padded length, d head_dim, bs block_size, nb 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,17 @@ def real_row_weights(key_padding_mask: Tensor) -> Tensor:
     """
     real = key_padding_mask.float()
     return real * (real.shape[1] / real.sum(1, keepdim=True).clamp(min=1))
+
+
+def largest_and_inverse(lse: Tensor, rows: Tensor) -> None:
+    """What kernels keep of each row's denominator, from `lse` as callers have it.
+
+    rows: [2, B, H, N] fp32: something near the largest score in base 2, and what exponentials
+        relative to it are multiplied by to be probabilities.
+    """
+    torch.mul(lse, 1 / math.log(2), out=rows[0])
+    torch.gt(lse, -math.inf, out=rows[1])
+    rows[0].masked_fill_(lse == -math.inf, 0)
 
 
 def from_pieces(

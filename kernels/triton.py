@@ -21,7 +21,6 @@ from torch import Tensor
 from kernels import operators, reference
 from kernels.backends import NEEDS_A_KERNEL, Call
 from kernels.dropout import DropoutKey, dropout_scale, dropout_threshold, key_words
-from kernels.layout import BlockLayout
 from kernels.statistics import from_pieces
 
 name = "triton"
@@ -46,9 +45,6 @@ def can_run(call: Call) -> str | None:
         return f"dtype {call.dtypes[0]}, it computes float32, bfloat16 and float16"
     if call.op not in NEEDS_A_KERNEL:
         return _reason_against_layer(call)
-    if call.causal or call.per_head:
-        kind = "causal layout" if call.causal else "layout for each head"
-        return f"a {kind}, for which it has no kernel"
     if call.sizes[0] > MAX_HEAD_DIM:
         return f"head_dim {call.sizes[0]}, it goes up to {MAX_HEAD_DIM}"
     if (size := call.block_size or call.length) % GRANULE:
@@ -109,16 +105,10 @@ def _layer() -> Any:
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: BlockLayout | None,
-    key_padding_mask: Tensor | None,
-    scale: float,
-    pruned_zero: bool,
-    return_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor | None]:
-    settings = layout, key_padding_mask, scale, pruned_zero, return_lse
+    """settings: as in reference.attention."""
+    layout, key_padding_mask, _, _, return_lse = settings
     if layout is None and query.is_cuda and key_padding_mask is None and not return_lse:
         return reference.attention(query, key, value, *settings)  # torch's is hard to beat
     _, _, N, d = query.shape
@@ -140,24 +130,20 @@ def _same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def attention_forward(query, key, value, key_padding_mask, *lists_and_settings):
-    *lists, block_size, scale, pruned_zero, _ = lists_and_settings
+    *lists, block_size, scale, pruned_zero, causal = lists_and_settings
     out, lse = operators.attention_outputs(query)
-    lists = [] if lists[0] is None else lists
-    _kernels().forward(
-        query, key, value, out, lse, key_padding_mask, lists, block_size, scale, pruned_zero
-    )
+    settings = lists, block_size, scale, pruned_zero, causal
+    _kernels().forward(query, key, value, out, lse, lse, key_padding_mask, *settings)
     return out, lse
 
 
 def attention_backward(dout, query, key, value, out, lse, key_padding_mask, *lists_and_settings):
-    *lists, block_size, scale, _, _ = lists_and_settings
+    *lists, block_size, scale, _, causal = lists_and_settings
     grads = operators.attention_gradients(query)
     if dout.stride() != out.stride():
         dout = torch.empty_like(out).copy_(dout)
-    lists = [] if lists[0] is None else lists
-    _kernels().backward(
-        dout, query, key, value, out, lse, *grads, key_padding_mask, lists, block_size, scale
-    )
+    settings = key_padding_mask, lists, block_size, scale, causal
+    _kernels().backward(dout, query, key, value, out, lse, *grads, *settings)
     return grads
 
 
@@ -170,7 +156,7 @@ def statistics_forward(
     pieces = query.new_empty(B, H, N // GRANULE, N // GRANULE, dtype=torch.float32)
     factor = mean_weight / (B // groups * H)
     _kernels().statistics(
-        query, key, key_padding_mask, mean, pieces, scale, groups, accumulate, factor
+        query, key, key_padding_mask, lse, mean, pieces, scale, groups, accumulate, factor
     )
     return from_pieces(pieces, GRANULE, block_size, row_weights)
 

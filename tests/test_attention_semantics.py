@@ -216,28 +216,23 @@ def test_rows_without_a_key_are_exactly_zero(case, pruned):
 # ---- causal layouts, and the denominators ---------------------------------------------
 
 
-@pytest.fixture(params=ab.pytest_params("causal"))
-def causal_case(request):
-    yield from ab.activated(request.param)
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("pruned", PRUNED)
 @pytest.mark.parametrize("kind", ["full", "empty", "single", "diagonal", "row", "column", "mixed"])
-def test_causal_layouts(causal_case, kind, pruned, padded):
+def test_causal_layouts(case, kind, pruned, padded):
     """No query attends to a later key, and later keys do not count as pruned either."""
-    *inputs, dout = make_inputs(2, 2, 80, 32, causal_case.dtype)
+    *inputs, dout = make_inputs(2, 2, 80, 32, case.dtype)
     padding = ab.random_padding(2, 80, torch.Generator().manual_seed(1)) if padded else None
     mask = make_mask(kind, 5)
-    compare(causal_case, inputs, dout, mask, 16, padding=padding, pruned=pruned, causal=True)
+    compare(case, inputs, dout, mask, 16, padding=padding, pruned=pruned, causal=True)
 
 
 @pytest.mark.parametrize("bs", [16, 32, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_causal_equals_float64(causal_case, dtype, bs):
+def test_causal_equals_float64(case, dtype, bs):
     *inputs, dout = make_inputs(3, 2, 4 * bs, 48, dtype, seed=bs)
     padding = ab.random_padding(3, 4 * bs, torch.Generator().manual_seed(bs))
-    compare(causal_case, inputs, dout, make_mask("full", 4), bs, padding=padding, causal=True)
+    compare(case, inputs, dout, make_mask("full", 4), bs, padding=padding, causal=True)
 
 
 def test_causal_full_layout_is_what_torch_calls_causal():
@@ -248,42 +243,20 @@ def test_causal_full_layout_is_what_torch_calls_causal():
     torch.testing.assert_close(out, exact)
 
 
-@pytest.mark.parametrize("feature", ["causal", "per head"])
-def test_a_backend_without_a_feature_says_so(case, feature):
-    """Named it refuses, "auto" takes the next one."""
-    causal, heads = feature == "causal", 2 if feature == "per head" else 1
-    *inputs, _ = (x.to(case.device) for x in make_inputs(1, heads, 64, 32, case.dtype))
-    mask = torch.ones(4, 4).bool() if causal else torch.ones(2, 4, 4).bool()
-    layout = BlockLayout.from_mask(mask, 16, causal).to(case.device)
-    expected = block_sparse_attention(*inputs, layout, backend="reference")
-    if feature in case.ops:
-        got = block_sparse_attention(*inputs, layout, backend=case.backend)
-        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
-    else:
-        with pytest.raises(RuntimeError, match=f"{case.backend} cannot do .*: a (causal )?layout"):
-            block_sparse_attention(*inputs, layout, backend=case.backend)
-    assert block_sparse_attention(*inputs, layout).shape == expected.shape
-
-
-@pytest.fixture(params=ab.pytest_params("per head"))
-def per_head_case(request):
-    yield from ab.activated(request.param)
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("pruned", PRUNED)
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_layout_for_each_head(per_head_case, padded, pruned, causal):
-    *inputs, dout = make_inputs(2, 4, 96, 32, per_head_case.dtype)
-    padding = ab.random_padding(2, 96, torch.Generator().manual_seed(1)) if padded else None
-    mask = torch.stack([make_mask(kind, 6) for kind in ("mixed", "empty", "full", "column")])
+def test_a_layout_for_each_head(case, padded, pruned, causal):
+    *inputs, dout = make_inputs(2, 4, 64, 32, case.dtype)
+    padding = ab.random_padding(2, 64, torch.Generator().manual_seed(1)) if padded else None
+    mask = torch.stack([make_mask(kind, 4) for kind in ("mixed", "empty", "full", "column")])
     options = {"padding": padding, "pruned": pruned, "causal": causal}
-    compare(per_head_case, inputs, dout, mask, 16, **options)
+    compare(case, inputs, dout, mask, 16, **options)
 
 
-def test_heads_that_share_a_layout_need_not_know(per_head_case):
+def test_heads_that_share_a_layout_need_not_know(case):
     """Given once or for each head, a layout is the same."""
-    case, mask = per_head_case, make_mask("mixed", 6)
+    mask = make_mask("mixed", 6)
     *inputs, dout = (x.to(case.device) for x in make_inputs(2, 3, 96, 32, case.dtype))
     once, thrice = (
         BlockLayout.from_mask(given, 16).to(case.device) for given in (mask, mask.expand(3, 6, 6))
@@ -303,8 +276,6 @@ def test_heads_that_share_a_layout_need_not_know(per_head_case):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("which", ["zero", "masked", "dense", "causal"])
 def test_log_denominators(case, which, padded):
-    if which == "causal" and "causal" not in case.ops:
-        return
     *inputs, _ = make_inputs(3, 2, 96, 32, case.dtype)
     padding = ab.random_padding(3, 96, torch.Generator().manual_seed(9)) if padded else None
     mask = torch.ones(6, 6, dtype=torch.bool) if which == "dense" else make_mask("mixed", 6)

@@ -113,7 +113,7 @@ def compute(dtype, head_dim, block_size, num_blocks, arch=800, mode=0):
     )
     mask = torch.rand(num_blocks, num_blocks, generator=generator) < 0.5
     mask[0], mask[:, -1] = False, False
-    layout = BlockLayout.from_mask(mask, block_size)
+    layout = BlockLayout.from_mask(mask, block_size, causal=block_size == 16)
     padding = torch.rand(B, N, generator=generator) < 0.7
     leaves = [x.requires_grad_() for x in (query, key, value)]
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN

@@ -5,7 +5,7 @@
 #define SAT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raise with SatAttention or a signature, and in kernels/cuda.py.
-SAT_EXPORT int sat_abi_version() { return 1; }
+SAT_EXPORT int sat_abi_version() { return 2; }
 SAT_EXPORT const char* sat_source_hash() { return SAT_SOURCE_HASH; }
 // build_cuda.sh looks for this text in a finished library to see whether it is up to date.
 SAT_EXPORT const char* sat_build_id() { return "SAT_BUILD=" SAT_BUILD_ID; }
@@ -20,11 +20,12 @@ SAT_EXPORT const char* sat_cuda_error(int status) {
 
 static int run_pass(sat::Pass pass, const SatAttention& attention, int device, void* stream, bool launch) {
     // This library's runtime has a current device of its own.
-    int limit = 0;
+    int limit = 0, multiprocessors = 0;
     cudaError_t status = cudaSetDevice(device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (status != cudaSuccess) return status;
-    const sat::Run run{pass, limit, launch, stream};
+    const sat::Run run{pass, limit, multiprocessors, launch, stream};
     switch (attention.type) {
         case 0:
             return sat::run_float(run, attention);
@@ -46,10 +47,14 @@ SAT_EXPORT int sat_cuda_backward(const SatAttention* attention, int device, void
     return status ? status : run_pass(sat::kBackwardColumns, *attention, device, stream, true);
 }
 
-// mean and pooled, by way of lse and delta.
+// lse and delta for the statistics.
+SAT_EXPORT int sat_cuda_denominators(const SatAttention* attention, int device, void* stream) {
+    return run_pass(sat::kDenominator, *attention, device, stream, true);
+}
+
+// mean and pooled from lse and delta.
 SAT_EXPORT int sat_cuda_statistics(const SatAttention* attention, int device, void* stream) {
-    const int status = run_pass(sat::kDenominator, *attention, device, stream, true);
-    return status ? status : run_pass(sat::kStatistics, *attention, device, stream, true);
+    return run_pass(sat::kStatistics, *attention, device, stream, true);
 }
 
 // Whether the device has what the passes need, for the attention's type, head_dim and block_size: 0 if so.

@@ -36,6 +36,8 @@ struct SatAttention {
     int64_t batch, heads, length, head_dim, block_size;
     int64_t type;           // 0 fp32, 1 bf16, 2 fp16
     int64_t pruned_zero;    // a pruned score counts as logit 0 (else as minus infinity)
+    int64_t causal;         // no query attends to a later key
+    int64_t head_lists;     // from one head's offsets to those of the next; 0: all share them
     int64_t groups;
     int64_t accumulate;    // mean: add to what is there
     double scale, mean_factor;
@@ -49,7 +51,8 @@ enum Pass { kForward, kDenominator, kBackwardRows, kBackwardColumns, kStatistics
 constexpr int kTooLarge = -1;    // needs more shared memory than the device has
 struct Run {
     Pass pass;
-    int shared_limit;    // bytes a thread block may have
+    int shared_limit;       // bytes a thread block may have
+    int multiprocessors;
     bool launch;
     void* stream;
 };
@@ -71,22 +74,38 @@ __device__ __forceinline__ int64_t row_bytes(const SatTensor& tensor) {
     return tensor.strides[2] * kBytes<E>;
 }
 
-// Bit c % 32 of word c / 32: whether key first + c is real. Called by whole warps; keys from `count` on are not.
-template <int K>
-struct KeyBits {
-    uint32_t words[(K + 31) / 32];
+// The keys of a tile that a lane's rows, g and g + 8 of its warp's 16, attend to.
+template <int K, bool kCausal>
+struct Keys {
+    static constexpr int kWords = (K + 31) / 32, kRows = kCausal ? 2 : 1;
+    bool real[kWords];                // of the tile that is on its way, keys lane, lane + 32, ..
+    uint32_t words[kRows][kWords];    // of this tile: bit c % 32 of word c / 32 for key c
 
-    __device__ __forceinline__ void load(const SatAttention& p, int64_t batch, int64_t first, int count = K) {
-        const int lane = threadIdx.x % 32;
+    // The padding mask of keys first.., which `gather` waits for; keys from `count` on are not real.
+    __device__ __forceinline__ void fetch(const SatAttention& p, int64_t batch, int64_t first, int count = K) {
+        if (!p.key_padding_mask) return;
         const uint8_t* mask = p.key_padding_mask + batch * p.mask_strides[0];
 #pragma unroll
-        for (int i = 0; i < (K + 31) / 32; ++i) {
-            const int key = i * 32 + lane;
-            const bool real = key < count && mask[(first + key) * p.mask_strides[1]];
-            words[i] = __ballot_sync(kAllLanes, real);
+        for (int i = 0; i < kWords; ++i) {
+            const int key = i * 32 + static_cast<int>(threadIdx.x % 32);
+            real[i] = key < count && mask[(first + key) * p.mask_strides[1]];
         }
     }
-    __device__ __forceinline__ bool real(int column) const { return words[column / 32] >> column % 32 & 1; }
+    // Called by whole warps. row: that of g, counted from the tile's first key.
+    __device__ __forceinline__ void gather(const SatAttention& p, int row = 0) {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            const uint32_t all = p.key_padding_mask ? __ballot_sync(kAllLanes, real[i]) : 0xffffffff;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const int last = row + 8 * r - 32 * i;    // the last key that a causal row sees
+                words[r][i] = !kCausal || last >= 31 ? all : last < 0 ? 0 : all & ((2u << last) - 1);
+            }
+        }
+    }
+    __device__ __forceinline__ bool attended(int r, int column) const {
+        return words[kCausal ? r : 0][column / 32] >> column % 32 & 1;
+    }
 };
 
 // Column of element i of an accumulator's 8 columns j.
@@ -102,10 +121,12 @@ struct Walk {
     int parts;     // tiles a block
     int block_size;
 
-    __device__ __forceinline__ Walk(const SatAttention& p, const int32_t* offsets, const int32_t* list, int block)
+    __device__ __forceinline__ Walk(const SatAttention& p, const int32_t* offsets, const int32_t* list, int64_t head,
+                                    int row)
         : blocks(nullptr), block_size(static_cast<int>(p.block_size)) {
         kept = static_cast<int>(p.length) / block_size;
         if (offsets) {
+            const int64_t block = head * p.head_lists + row / block_size;
             kept = offsets[block + 1] - offsets[block];
             blocks = list + offsets[block];
         }
@@ -116,6 +137,14 @@ struct Walk {
     __device__ __forceinline__ int first(int index) const {
         const int which = index / parts;
         return (blocks ? blocks[which] : which) * block_size + (index - which * parts) * K;
+    }
+    // Keys in pruned blocks that query `row` would see.
+    template <bool kCausal>
+    __device__ __forceinline__ int pruned(const SatAttention& p, int row) const {
+        if constexpr (!kCausal) return static_cast<int>(p.length) - kept * block_size;
+        const int block = row / block_size;
+        if (kept > 0 && blocks[kept - 1] == block) return (block + 1 - kept) * block_size;
+        return row + 1 - kept * block_size;
     }
 };
 
@@ -202,31 +231,34 @@ __device__ __forceinline__ void add_weighted(float (&sums)[D / 16][2][4], const 
 
 // Thread blocks that a multiprocessor shall hold at least, which bounds the registers of a thread: 384 threads leave
 // 65,536 / 384 = 168 (in eights) to each. Wide rows and fp32 would have to spill, as would all on compute capability
-// 7.5 (products by shuffles) and 12; blocks of 16 rows are no fast path.
+// 7.5 (products by shuffles) and 12; blocks of 16 rows are no fast path, nor are causal ones.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
 inline constexpr bool kBoundRegisters = false;
 #else
 inline constexpr bool kBoundRegisters = true;
 #endif
-template <class E, int D, int M>
-inline constexpr int kMinBlocks = kBoundRegisters && kBytes<E> == 2 && D <= 64 && M > 16 ? 384 / (M * 2) : 1;
+template <class E, int D, int M, bool kCausal>
+inline constexpr int kMinBlocks = kBoundRegisters && kBytes<E> == 2 && D <= 64 && M > 16 && !kCausal ? 384 / (M * 2) : 1;
 
 // out and lse; without kOutput instead a row's largest score (in lse) and 1 / sum of 2^(s - largest) (in delta).
-template <class E, int D, int M, int K, bool kOutput>
-__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) forward_kernel(const __grid_constant__ SatAttention p) {
+template <class E, int D, int M, int K, bool kCausal, bool kOutput>
+__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M, kCausal>) forward_kernel(const __grid_constant__ SatAttention p) {
     using T = Tile<E, D>;
     using S = Shared<E, D, M, K, 1>;
     constexpr int kThreads = M * 2;
     const Place<M> place(p);
-    const Walk<K> walk(p, p.row_offsets, p.row_columns, place.row0 / static_cast<int>(p.block_size));
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
+    const Walk<K> walk(p, p.row_offsets, p.row_columns, place.head, place.row0);
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, mine = place.row0 + row + lane / 4;
+    const bool hides = kCausal || p.key_padding_mask;
     const unsigned char* query = head_of<E>(p.query, place.batch, place.head);
     const unsigned char* key = head_of<E>(p.key, place.batch, place.head);
     const unsigned char* value = kOutput ? head_of<E>(p.value, place.batch, place.head) : nullptr;
     const float scale = static_cast<float>(p.scale) * kLog2e;
 
+    Keys<K, kCausal> keys;
     auto copy_tile = [&](int tile) {
         const int64_t first = walk.first(tile);
+        keys.fetch(p, place.batch, first);
         T::template copy<K, kThreads>(S::stage(tile, 0), key + first * row_bytes<E>(p.key), row_bytes<E>(p.key));
         if constexpr (kOutput)
             T::template copy<K, kThreads>(S::stage(tile, 1), value + first * row_bytes<E>(p.value),
@@ -239,21 +271,12 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) forward_kernel(con
         copy_tile(0);
     }
 
-    // A lane's partial sums cover its own columns; the pruned scores, exp(0) each, are counted by one lane of four.
-    const int pruned = static_cast<int>(p.length) - walk.kept * static_cast<int>(p.block_size);
-    const bool zeros = p.pruned_zero && pruned > 0;
-    float highest[2], denominator[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        highest[r] = zeros ? 0.0f : -kInfinity;
-        denominator[r] = zeros && lane % 4 == 0 ? static_cast<float>(pruned) : 0.0f;
-    }
+    float highest[2] = {-kInfinity, -kInfinity}, denominator[2] = {};    // a lane sums its own columns
     float out[D / 16][2][4] = {};
     Rows<E, D> rows(S::resident(0), row);
 
     for (int tile = 0; tile < walk.tiles; ++tile) {
-        KeyBits<K> keys{};
-        if (p.key_padding_mask) keys.load(p, place.batch, walk.first(tile));
+        if (hides) keys.gather(p, mine - walk.first(tile));
         copy_wait_all();
         __syncthreads();    // the tile is there for all, and all have left the buffer that is filled next
         if (tile + 1 < walk.tiles) copy_tile(tile + 1);
@@ -266,7 +289,7 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) forward_kernel(con
         for (int j = 0; j < K / 8; ++j)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (!p.key_padding_mask || keys.real(column_of(j, i)))
+                if (!hides || keys.attended(i / 2, column_of(j, i)))
                     top[i / 2] = fmaxf(top[i / 2], scores[j / 2][j % 2][i] * scale);
         float base[2];
 #pragma unroll
@@ -289,7 +312,7 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) forward_kernel(con
                 // Rounded once, as in the backward pass: their probabilities have to agree for dq to sum up right.
                 float& s = scores[j / 2][j % 2][i];
                 s = exp2_fast(fmaf(s, scale, -base[i / 2]));
-                if (p.key_padding_mask && !keys.real(column_of(j, i))) s = 0;
+                if (hides && !keys.attended(i / 2, column_of(j, i))) s = 0;
                 denominator[i / 2] += s;
             }
         if constexpr (kOutput) add_weighted<E, D>(out, scores, S::stage(tile, 1), 0);
@@ -298,15 +321,20 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) forward_kernel(con
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float total = quad_sum(denominator[r]);
-        inverse[r] = total > 0 ? 1 / total : 0.0f;
+        // The pruned scores come last: exp(0) each.
+        const bool attends = highest[r] > -kInfinity;
+        const int pruned = p.pruned_zero ? walk.template pruned<kCausal>(p, mine + r * 8) : 0;
+        const float top = pruned > 0 ? fmaxf(highest[r], 0) : highest[r], shrink = exp2_fast(highest[r] - top);
+        float total = quad_sum(denominator[r]) * shrink;
+        if (pruned > 0) total += static_cast<float>(pruned) * exp2_fast(-top);
+        inverse[r] = attends ? shrink / total : 0.0f;
         if (lane % 4) continue;
-        const int64_t mine = place.batch_head * p.length + place.row0 + row + lane / 4 + r * 8;
+        const int64_t at = place.batch_head * p.length + mine + r * 8;
         if constexpr (kOutput) {
-            p.lse[mine] = total > 0 ? highest[r] + log2_fast(total) : kInfinity;
+            p.lse[at] = attends ? top + log2_fast(total) : kInfinity;
         } else {
-            p.lse[mine] = total > 0 ? highest[r] : 0.0f;
-            p.delta[mine] = inverse[r];
+            p.lse[at] = attends ? top : 0.0f;
+            p.delta[at] = inverse[r];
         }
     }
     if constexpr (kOutput)
@@ -346,14 +374,15 @@ template <class E, int D, int K>
 inline constexpr int kPieces = D <= 64 && K >= 32 ? 2 : 1;
 
 // dq and delta.
-template <class E, int D, int M, int K>
-__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_rows_kernel(const __grid_constant__ SatAttention p) {
+template <class E, int D, int M, int K, bool kCausal>
+__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M, kCausal>) backward_rows_kernel(const __grid_constant__ SatAttention p) {
     using T = Tile<E, D>;
     using S = Shared<E, D, M, K, 2>;
     constexpr int kThreads = M * 2, n = kPieces<E, D, K>;
     const Place<M> place(p);
-    const Walk<K> walk(p, p.row_offsets, p.row_columns, place.row0 / static_cast<int>(p.block_size));
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
+    const Walk<K> walk(p, p.row_offsets, p.row_columns, place.head, place.row0);
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, mine = place.row0 + row + lane / 4;
+    const bool hides = kCausal || p.key_padding_mask;
     const unsigned char* query = head_of<E>(p.query, place.batch, place.head);
     const unsigned char* key = head_of<E>(p.key, place.batch, place.head);
     const unsigned char* value = head_of<E>(p.value, place.batch, place.head);
@@ -361,8 +390,10 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_rows_kern
     const unsigned char* dout = head_of<E>(p.dout, place.batch, place.head);
     const float scale = static_cast<float>(p.scale) * kLog2e;
 
+    Keys<K, kCausal> keys;
     auto copy_tile = [&](int tile) {
         const int64_t first = walk.first(tile);
+        keys.fetch(p, place.batch, first);
         T::template copy<K, kThreads>(S::stage(tile, 0), key + first * row_bytes<E>(p.key), row_bytes<E>(p.key));
         T::template copy<K, kThreads>(S::stage(tile, 1), value + first * row_bytes<E>(p.value),
                                       row_bytes<E>(p.value));
@@ -381,16 +412,15 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_rows_kern
                      dout + (place.row0 + row) * row_bytes<E>(p.dout), row_bytes<E>(p.dout));
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int64_t mine = place.batch_head * p.length + place.row0 + row + lane / 4 + r * 8;
-        lse[r] = p.lse[mine];
-        if (lane % 4 == 0) p.delta[mine] = delta[r];
+        const int64_t at = place.batch_head * p.length + mine + r * 8;
+        lse[r] = p.lse[at];
+        if (lane % 4 == 0) p.delta[at] = delta[r];
     }
     float dq[D / 16][2][4] = {};
     Rows<E, D> queries(S::resident(0), row), douts(S::resident(1), row);
 
     for (int tile = 0; tile < walk.tiles; ++tile) {
-        KeyBits<K> keys{};
-        if (p.key_padding_mask) keys.load(p, place.batch, walk.first(tile));
+        if (hides) keys.gather(p, mine - walk.first(tile));
         copy_wait_all();
         __syncthreads();
         if (tile + 1 < walk.tiles) copy_tile(tile + 1);
@@ -406,7 +436,7 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_rows_kern
                 for (int i = 0; i < 4; ++i) {
                     float& s = probs[j / 2][j % 2][i];
                     s = exp2_fast(fmaf(s, scale, -lse[i / 2]));
-                    if (p.key_padding_mask && !keys.real(first + column_of(j, i))) s = 0;
+                    if (hides && !keys.attended(i / 2, first + column_of(j, i))) s = 0;
                     s *= dprobs[j / 2][j % 2][i] - delta[i / 2];
                 }
             add_weighted<E, D>(dq, probs, S::stage(tile, 0), first);
@@ -418,14 +448,14 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_rows_kern
 }
 
 // dk and dv; M keys of a block column meet the queries of its kept blocks. Runs after backward_rows_kernel (delta).
-template <class E, int D, int M, int K>
-__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_columns_kernel(const __grid_constant__ SatAttention p) {
+template <class E, int D, int M, int K, bool kCausal>
+__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M, kCausal>) backward_columns_kernel(const __grid_constant__ SatAttention p) {
     using T = Tile<E, D>;
     using S = Shared<E, D, M, K, 2>;
     constexpr int kThreads = M * 2, n = kPieces<E, D, K>;
     const Place<M> place(p);
-    const Walk<K> walk(p, p.column_offsets, p.column_rows, place.row0 / static_cast<int>(p.block_size));
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
+    const Walk<K> walk(p, p.column_offsets, p.column_rows, place.head, place.row0);
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, mine = place.row0 + row + lane / 4;
     const unsigned char* query = head_of<E>(p.query, place.batch, place.head);
     const unsigned char* key = head_of<E>(p.key, place.batch, place.head);
     const unsigned char* value = head_of<E>(p.value, place.batch, place.head);
@@ -455,8 +485,7 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_columns_k
     if (p.key_padding_mask)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-            real[r] = p.key_padding_mask[place.batch * p.mask_strides[0] +
-                                         (place.row0 + row + lane / 4 + r * 8) * p.mask_strides[1]];
+            real[r] = p.key_padding_mask[place.batch * p.mask_strides[0] + (mine + r * 8) * p.mask_strides[1]];
     float dk[D / 16][2][4] = {}, dv[D / 16][2][4] = {};
     Rows<E, D> keys(S::resident(0), row), values(S::resident(1), row);
 
@@ -465,6 +494,7 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_columns_k
         __syncthreads();
         if (tile + 1 < walk.tiles) copy_tile(tile + 1);
         if (tile == 0) keys.load(), values.load();
+        const int hidden = mine - walk.first(tile);    // queries of the tile that are before the first key
         const float* lse = S::floats(tile);
         const float* delta = lse + K;
 #pragma unroll
@@ -482,6 +512,7 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M>) backward_columns_k
                     float& ds = dprobs[j / 2][j % 2][i];
                     s = exp2_fast(fmaf(s, scale, -(i % 2 ? of_lse.y : of_lse.x)));
                     if (!real[i / 2]) s = 0;
+                    if (kCausal && first + column_of(j, i) < hidden + i / 2 * 8) s = 0;
                     ds = s * (ds - (i % 2 ? of_delta.y : of_delta.x));
                 }
             }
@@ -534,8 +565,10 @@ __global__ void __launch_bounds__(M * 2) statistics_kernel(const __grid_constant
     const int walk = examples * heads;
     const float scale = static_cast<float>(p.scale) * kLog2e;
 
+    Keys<M, false> keys;
     auto copy_tile = [&](int index) {
         const int64_t batch = first_example + index / heads, head = index % heads;
+        if (head == 0) keys.fetch(p, batch, column0, num_columns);
         T::template copy<M, kThreads>(S::stage(index, 0),
                                       head_of<E>(p.query, batch, head) + row0 * row_bytes<E>(p.query),
                                       row_bytes<E>(p.query), num_rows);
@@ -553,10 +586,9 @@ __global__ void __launch_bounds__(M * 2) statistics_kernel(const __grid_constant
     if (walk > 0) copy_tile(0);
 
     float mean[M / 16][2][4] = {};
-    KeyBits<M> keys{};
     for (int index = 0; index < walk; ++index) {
         const int64_t batch = first_example + index / heads;
-        if (p.key_padding_mask && index % heads == 0) keys.load(p, batch, column0, num_columns);
+        if (p.key_padding_mask && index % heads == 0) keys.gather(p);
         copy_wait_all();
         __syncthreads();
         if (index + 1 < walk) copy_tile(index + 1);
@@ -576,7 +608,7 @@ __global__ void __launch_bounds__(M * 2) statistics_kernel(const __grid_constant
                 for (int i = 0; i < 8; ++i) {
                     const int r = i / 2 % 2;
                     float s = exp2_fast(fmaf(probs[j][i / 4][i % 4], scale, -highest[r]));
-                    if (p.key_padding_mask && !keys.real(first + j * 16 + column_of(i / 4, i % 4))) s = 0;
+                    if (p.key_padding_mask && !keys.attended(r, first + j * 16 + column_of(i / 4, i % 4))) s = 0;
                     of_row[r] += s;
                     float& sum = mean[first / 16 + j][i / 4][i % 4];
                     sum = fmaf(s, inverse[r], sum);
@@ -608,7 +640,7 @@ __global__ void __launch_bounds__(M * 2) statistics_kernel(const __grid_constant
 }
 
 // Launches on the device, the kernel of this pass with M rows a thread block.
-template <class E, int D, int M>
+template <class E, int D, int M, bool kCausal>
 int run_rows(const Run& run, const SatAttention& p) {
     // Columns of a tile: as many as rows, but few enough that the backward pass fits into 64 KB (D 128: 68 KB in fp32).
     constexpr int kMost = kBytes<E> == 2 ? (D == 128 ? 32 : 64) : (D == 128 ? 16 : 32);
@@ -621,33 +653,43 @@ int run_rows(const Run& run, const SatAttention& p) {
     };
     switch (run.pass) {
         case kForward:
-            return go(forward_kernel<E, D, M, K, true>, Shared<E, D, M, K, 1>::kTotal);
-        case kDenominator:
-            return go(forward_kernel<E, D, M, K, false>, Shared<E, D, M, K, 1>::kTotal);
+            return go(forward_kernel<E, D, M, K, kCausal, true>, Shared<E, D, M, K, 1>::kTotal);
+        case kDenominator:    // of dense attention
+            return go(forward_kernel<E, D, M, K, false, false>, Shared<E, D, M, K, 1>::kTotal);
         case kBackwardRows:
-            return go(backward_rows_kernel<E, D, M, k>, Shared<E, D, M, k, 2>::kTotal);
+            return go(backward_rows_kernel<E, D, M, k, kCausal>, Shared<E, D, M, k, 2>::kTotal);
         default:
-            return go(backward_columns_kernel<E, D, M, k>, Shared<E, D, M, k, 2>::kTotal);
+            return go(backward_columns_kernel<E, D, M, k, kCausal>, Shared<E, D, M, k, 2>::kTotal);
     }
+}
+
+template <class E, int D, int M>
+int run_statistics(const Run& run, const SatAttention& p) {
+    constexpr int kShared = Shared<E, D, M, M, 0>::kTotal;
+    if (kShared > run.shared_limit) return kTooLarge;
+    const int64_t side = (p.length + M - 1) / M;
+    return run.launch ? launch(statistics_kernel<E, D, M>, p.groups * side * side, M * 2, kShared, run.stream, p)
+                      : loadable(statistics_kernel<E, D, M>);
 }
 
 template <class E, int D>
 int run_dim(const Run& run, const SatAttention& p) {
     if (run.pass == kStatistics) {
+        // Halved where there would be too few blocks to fill the device twice.
         constexpr int M = kBytes<E> == 2 ? (D == 128 ? 64 : 128) : (D == 128 ? 32 : 64);
-        constexpr int kShared = Shared<E, D, M, M, 0>::kTotal;
-        if (kShared > run.shared_limit) return kTooLarge;
         const int64_t side = (p.length + M - 1) / M;
-        return run.launch ? launch(statistics_kernel<E, D, M>, p.groups * side * side, M * 2, kShared, run.stream, p)
-                          : loadable(statistics_kernel<E, D, M>);
+        if constexpr (M >= 64)
+            if (p.groups * side * side < 2 * run.multiprocessors) return run_statistics<E, D, M / 2>(run, p);
+        return run_statistics<E, D, M>(run, p);
     }
     // As many rows as the blocks and the device allow; in fp32 with D = 128, 64 rows would fit on few devices.
     if constexpr (D * kBytes<E> <= 256)
-        if (p.block_size % 64 == 0) {
-            const int status = run_rows<E, D, 64>(run, p);
+        if (p.block_size % 64 == 0 && !p.causal) {
+            const int status = run_rows<E, D, 64, false>(run, p);
             if (status != kTooLarge) return status;
         }
-    return p.block_size % 32 == 0 ? run_rows<E, D, 32>(run, p) : run_rows<E, D, 16>(run, p);
+    if (p.block_size % 32) return p.causal ? run_rows<E, D, 16, true>(run, p) : run_rows<E, D, 16, false>(run, p);
+    return p.causal ? run_rows<E, D, 32, true>(run, p) : run_rows<E, D, 32, false>(run, p);
 }
 
 template <class E>

@@ -44,7 +44,7 @@ def shared_data() -> Path:
     """Folder with the real pictures, reviews and published checkpoints that some tests read."""
     folder = os.environ.get("SAT_TEST_DATA")
     if not folder:
-        pytest.skip("SAT_TEST_DATA is not set: the real data and published checkpoints are absent")
+        pytest.skip("set SAT_TEST_DATA to the folder of the real data and published checkpoints")
     path = Path(folder)
     if not path.is_dir():
         pytest.fail(f"SAT_TEST_DATA={folder} is not a folder")

@@ -64,7 +64,7 @@ def test_a_terminal_that_is_closed(fresh):
     while b"rule:" not in seen:
         seen += os.read(ours, 1024)
     os.close(ours)
-    assert process.wait(120) == 0
+    assert process.wait(300) == 0  # seconds; a busy machine takes minutes
     assert is_complete(fresh).count("the console takes no more lines") == 1
 
 

@@ -17,6 +17,7 @@ import re
 import select
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -502,9 +503,10 @@ def end_often(server, data_dir, tmp_path, moments, rng):
     assert expected["last"]["phase"] == "sparse" and expected["last"]["step"] == 24
     pictures = {"train.sat.html", "train.sat.transition.png"}
     visited = server.places()
-    lasts = collections.defaultdict(float)
+    stays = collections.defaultdict(list)
     for (began, place), (left, _) in itertools.pairwise(visited):
-        lasts[place] = max(lasts[place], left - began)
+        stays[place].append(left - began)
+    lasts = {place: statistics.median(seconds) for place, seconds in stays.items()}
     moments, met = list(moments), collections.Counter()
     for number in itertools.count():
         output_dir = tmp_path / f"ended{number}"

@@ -1,5 +1,5 @@
-// Block-sparse attention, written once for every instruction set and number: a walk over tiles of T queries by T keys of one
-// (batch, head). The scores of a tile are held transposed, [T keys][T queries], so that vector lanes are queries: the softmax
+// Block-sparse attention, written once for every instruction set and number: a walk over tiles of Q queries by T keys of one
+// (batch, head). The scores of a tile are held transposed, [T keys][Q queries], so that vector lanes are queries: the softmax
 // needs no reduction across lanes, and a padded key is a row that is set to zero. An Engine (engine.h) takes the products:
 //
 //     S[j][i] = sum_c K[j][c] Q[i][c]            A: K where it is           B: Q, transposed
@@ -15,7 +15,7 @@
 // The result has the same bits for any number of threads: every output element is the sum of the same tiles in the same
 // order, whether one thread owns a (batch, head) or its rows and columns of blocks are spread over threads.
 //
-// Shape letters as in abi.h; T is 32 or 16; c is an index into d.
+// Shape letters as in abi.h; T is 32 or 16, Q is T or 64; c is an index into d.
 #pragma once
 
 #include "engine.h"
@@ -45,79 +45,38 @@ struct Blocks {
     int operator[](int n) const { return list ? list[n] : first + n; }
 };
 
+// What hides some keys of a tile from a tile of queries.
+struct Hiding {
+    const uint8_t* real;
+    int ahead;    // query i sees keys up to i - ahead
+    explicit operator bool() const { return real || ahead > -MAX_BLOCK; }
+    // x, zero in lanes that do not see key j; the lanes are queries [first, first + W) of the tile.
+    SAT_INLINE vec operator()(vec x, int j, int first) const {
+        if (real && !real[j]) return vec{};
+        if (ahead == -MAX_BLOCK) return x;
+        return reinterpret_cast<vec>(reinterpret_cast<ivec>(x) & (lane_numbers() >= j + ahead - first));
+    }
+};
+
 // A tile of keys as queries of the row of blocks at hand see it: tiles of queries before `from` do not; the one that starts
 // at `from` sees, where it lies on a causal diagonal, no key after itself.
 struct Tile {
     long first;             // key
     const uint8_t* real;    // of its keys, null: all are
     int from;
-    bool diagonal;
-};
-
-// What hides some keys of a tile from a tile of queries.
-struct Hiding {
-    const uint8_t* real;
-    bool triangle;
-    explicit operator bool() const { return real || triangle; }
-    // x, zero in lanes that do not see key j; the lanes are queries [first, first + W) of the tile.
-    SAT_INLINE vec operator()(vec x, int j, int first) const {
-        if (real && !real[j]) return vec{};
-        if (!triangle) return x;
-        return reinterpret_cast<vec>(reinterpret_cast<ivec>(x) & (lane_numbers() >= j - first));
-    }
-};
-
-// ---- fetching ahead ----
-
-// Rows that will be read or written soon. They come from memory while something else is computed: no hardware prefetcher
-// knows the layout, and a burst of prefetches would wait for the few misses that a core can have under way.
-class Ahead {
-  public:
-    // Rows of `bytes` bytes, `stride` bytes apart.
-    void expect(const char* first, long stride, int rows, int bytes, bool written) {
-        if (last_ == CAPACITY) return;    // it is a hint
-        rows_ += rows;
-        pieces_[last_++] = {first, stride, rows, bytes, written};
-    }
-    // The rest is to be fetched within the next `calls` calls.
-    void within(int calls) { share_ = (rows_ + calls - 1) / calls; }
-    SAT_INLINE void operator()() {
-        for (int left = share_; left > 0 && first_ < last_;) {
-            Piece& piece = pieces_[first_];
-            const int n = piece.rows < left ? piece.rows : left;
-            for (int i = 0; i < n; ++i, piece.address += piece.stride)
-                for (int byte = 0; byte < piece.bytes; byte += 64)
-                    if (piece.written)
-                        __builtin_prefetch(piece.address + byte, 1);
-                    else
-                        __builtin_prefetch(piece.address + byte);
-            left -= n, rows_ -= n, piece.rows -= n;
-            if (!piece.rows) ++first_;
-        }
-        if (first_ == last_) first_ = last_ = 0;
-    }
-
-  private:
-    struct Piece {
-        const char* address;
-        long stride;
-        int rows, bytes;
-        bool written;
-    };
-    static constexpr int CAPACITY = 16;
-    Piece pieces_[CAPACITY];
-    int first_ = 0, last_ = 0, rows_ = 0, share_ = 0;
+    int ahead;              // of `from`, on a diagonal, else -MAX_BLOCK
+    Hiding hiding(int i) const { return {real, i == from ? ahead : -MAX_BLOCK}; }
 };
 
 // ---- products with a softmax ----
 
 // Engines<WIDE>: WIDE says that every depth is a multiple of 32 operands, else of 16.
-template <template <bool> class Engines, int D, int T>
+template <template <bool> class Engines, int D, int Q, int T>
 struct Products {
     typedef Engines<D && T == 32> Engine;
     typedef typename Engine::Operand Operand;
     typedef typename Engine::Element Element;
-    static constexpr int NV = T / W;    // vectors of queries in a tile
+    static constexpr int NV = Q / W;    // vectors of queries in a tile
     static constexpr int NUM = Engine::NUM;
 
     // p = exp2(scale k_j . q_i - reference[i]), zero where hidden; adds the sums over j to total[i].
@@ -127,9 +86,8 @@ struct Products {
                                                      Ahead& ahead) {
         const int d = D ? D : d_;
         // The exponentials of one group of rows overlap with the products of the next.
-        Engine::template panel<T, NV>(d / NUM, RowFactor(k), {qt, T}, [&](int row, auto& s) __attribute__((always_inline)) {
+        Engine::template panel<T, NV>(d / NUM, RowFactor(k), {qt, Q}, ahead, [&](int row, auto& s) __attribute__((always_inline)) {
             constexpr int NR = sizeof(s) / sizeof(s[0]);
-            ahead();
             SAT_UNROLL(16)
             for (int v = 0; v < NV; ++v) {
                 const vec shift = load(reference + v * W);
@@ -142,7 +100,7 @@ struct Products {
                         x[n] = Engine::exp_probs(s[r + n][v] * scale - shift);
                         if (HIDDEN) x[n] = hiding(x[n], row + r + n, v * W);
                     }
-                    sum = Engine::keep(sum, x, p + (row + r) / NUM * T + v * W);
+                    sum = Engine::keep(sum, x, p + (row + r) / NUM * Q + v * W);
                 }
                 store(total + v * W, load(total + v * W) + sum);
             }
@@ -151,9 +109,9 @@ struct Products {
 
     // top[i] = max over keys that are not hidden of scale k_j . q_i and top[i].
     static __attribute__((noinline)) void max_scores(int d_, const Rows<Operand>& k, const Element* qt, float scale,
-                                                     const Hiding& hiding, float* top) {
+                                                     const Hiding& hiding, float* top, Ahead& ahead) {
         const int d = D ? D : d_;
-        Engine::template panel<T, NV>(d / NUM, RowFactor(k), {qt, T}, [&](int row, auto& s) {
+        Engine::template panel<T, NV>(d / NUM, RowFactor(k), {qt, Q}, ahead, [&](int row, auto& s) {
             constexpr int NR = sizeof(s) / sizeof(s[0]);
             for (int r = 0; r < NR; ++r)
                 for (int v = 0; v < NV; ++v) {
@@ -166,15 +124,15 @@ struct Products {
         });
     }
 
-    // o[i][c] += sum_j p[j][i] v[j][c], or = where o is fresh; o [T][d].
+    // o[i][c] += sum_j p[j][i] v[j][c], or = where o is fresh; o [Q][d].
     static __attribute__((noinline)) void add_values(int d_, const Element* p, const Panel<Element>& v, float* o, bool fresh,
                                                      Ahead& ahead) {
-        Engine::template add<T>(T / NUM, ColumnFactor<T>(p), v, o, D ? D : d_, fresh, ahead);
+        Engine::template add<Q>(T / NUM, ColumnFactor<Q>(p), v, o, D ? D : d_, fresh, ahead);
     }
 
     // dk[j][c] += sum_i p[j][i] q[i][c]
     static __attribute__((noinline)) void add_keys(int d_, const Operand* p, const Panel<Element>& q, float* dk, Ahead& ahead) {
-        Engine::template add<T>(T / NUM, RowFactor(p, T), q, dk, D ? D : d_, false, ahead);
+        Engine::template add<T>(Q / NUM, RowFactor(p, Q), q, dk, D ? D : d_, false, ahead);
     }
 
     // p = exp2(scale k . q - lse), zero where hidden; ds = p * (v . do - delta), still without the factor `scale`.
@@ -185,28 +143,33 @@ struct Products {
                                                           Operand* p, Operand* ds, Element* ds_columns, Ahead& ahead) {
         const int d = D ? D : d_;
         Engine::template panels<T, NV>(
-            d / NUM, RowFactor(k), {qt, T}, RowFactor(v), {dot, T},
-            [&](int row, auto& s, auto& dp) __attribute__((always_inline)) {
+            d / NUM, RowFactor(k), {qt, Q}, RowFactor(v), {dot, Q}, p, ahead,
+            [&](int row, auto& s) __attribute__((always_inline)) {
                 constexpr int NR = sizeof(s) / sizeof(s[0]);
-                ahead();
                 SAT_UNROLL(16)
                 for (int r = 0; r < NR; ++r)
                     SAT_UNROLL(4)
                     for (int n = 0; n < NV; ++n) {
                         s[r][n] = Engine::exp_probs(s[r][n] * scale - load(lse + n * W));
                         if (HIDDEN) s[r][n] = hiding(s[r][n], row + r, n * W);
-                        dp[r][n] = s[r][n] * (dp[r][n] - load(delta + n * W));
                     }
-                Engine::template keep<T>(row, s, dp, p, ds, ds_columns);
+            },
+            [&](int row, auto& s, auto& dp) __attribute__((always_inline)) {
+                constexpr int NR = sizeof(s) / sizeof(s[0]);
+                SAT_UNROLL(16)
+                for (int r = 0; r < NR; ++r)
+                    SAT_UNROLL(4)
+                    for (int n = 0; n < NV; ++n) dp[r][n] = s[r][n] * (dp[r][n] - load(delta + n * W));
+                Engine::template keep<Q>(row, s, dp, p, ds, ds_columns);
             });
     }
 };
 
 // ---- the walk ----
 
-template <template <bool> class Engines, int D, int T>
-struct Walk : Products<Engines, D, T> {
-    typedef Products<Engines, D, T> Tiles;
+template <template <bool> class Engines, int D, int Q, int T>
+struct Walk : Products<Engines, D, Q, T> {
+    typedef Products<Engines, D, Q, T> Tiles;
     typedef typename Tiles::Engine Engine;
     typedef typename Tiles::Operand Operand;
     typedef typename Tiles::Element Element;
@@ -253,16 +216,15 @@ struct Walk : Products<Engines, D, T> {
     void write(const SatTensor& t, const Place& at, long first, int count, const float* from, const float* factor) const {
         write_rows(t, call.type, head(t, at), first, count, d, from, factor);
     }
-    void expect(Ahead& ahead, const SatTensor& t, const Place& at, long first, int count, bool written = false) const {
+    void expect(Ahead& ahead, const SatTensor& t, const Place& at, long first, int count) const {
         const int size = call.type == SAT_FLOAT32 ? 4 : 2;
-        ahead.expect(head(t, at) + first * t.row * size, t.row * size, count, d * size, written);
+        ahead.expect(head(t, at) + first * t.row * size, t.row * size, count, d * size);
     }
 
-    // Calls use(tile) for each tile of keys in `columns` that has a real key, and has the next one fetched within `calls`
-    // calls of ahead(). `next` is the row of blocks that comes after this one.
-    template <class Use>
-    SAT_INLINE void each_tile(const Blocks& columns, const Place& at, const Place& next, int calls, Ahead& ahead,
-                              Use use) const {
+    // Calls use(tile) for each tile of keys in `columns` that has a real key, while the next one is fetched and, at the last,
+    // what rest() expects. `next` is the row of blocks that comes after this one.
+    template <class Rest, class Use>
+    SAT_INLINE void each_tile(const Blocks& columns, const Place& at, const Place& next, Ahead& ahead, Rest rest, Use use) const {
         const uint8_t* real = call.real ? call.real + at.b * call.N : nullptr;
         auto expect_tile = [&](const Place& place, long first) {
             expect(ahead, call.key, place, first, T);
@@ -271,18 +233,21 @@ struct Walk : Products<Engines, D, T> {
         for (int n = 0; n < columns.count; ++n)
             for (int t = 0; t < bs; t += T) {
                 const long first = static_cast<long>(columns[n]) * bs + t;
-                if (t + T < bs)
+                ahead.restart();
+                if (t + T < bs) {
                     expect_tile(at, first + T);
-                else if (n + 1 < columns.count)
+                } else if (n + 1 < columns.count) {
                     expect_tile(at, static_cast<long>(columns[n + 1]) * bs);
-                else if (next.r < nb) {
-                    const Blocks others = columns_of(next);
-                    if (others.count) expect_tile(next, static_cast<long>(others[0]) * bs);
+                } else {
+                    if (next.r < nb) {
+                        const Blocks others = columns_of(next);
+                        if (others.count) expect_tile(next, static_cast<long>(others[0]) * bs);
+                    }
+                    rest();
                 }
-                ahead.within(calls);
                 const KeysState state = state_of(real ? real + first : nullptr, T);
                 const bool diagonal = call.causal && columns[n] == at.r;
-                if (state != NO_KEY) use(Tile{first, state == ALL_KEYS ? nullptr : real + first, diagonal ? t : 0, diagonal});
+                if (state != NO_KEY) use(Tile{first, state == ALL_KEYS ? nullptr : real + first, diagonal ? t / Q * Q : 0, diagonal ? t % Q : -MAX_BLOCK});
             }
     }
 
@@ -292,17 +257,17 @@ struct Walk : Products<Engines, D, T> {
         typename Engine::Session session;
         mutable Ahead ahead;
         Operand *rows, *keys, *values;    // copies of inputs that cannot be read in place
-        Element* qt;                      // [bs / T][d / NUM][T]
+        Element* qt;                      // [bs / Q][d / NUM][Q]
         Element* v;                       // [T / NUM][d], where rows must be packed
-        Element* p;                       // [T / NUM][T]
+        Element* p;                       // [T / NUM][Q]
         float* o;                         // [bs][d]
         float *reference, *total;         // [bs]
         static size_t size(int d) {
-            return sizeof(Operand) * (2 * MAX_BLOCK * d + 3 * T * d + T * T) + 4 * MAX_BLOCK * (d + 2);
+            return sizeof(Operand) * (2 * MAX_BLOCK * d + 3 * T * d + T * Q) + 4 * MAX_BLOCK * (d + 2);
         }
         Forward(Scratch& s, int d)
             : rows(s.take<Operand>(MAX_BLOCK * d)), keys(s.take<Operand>(T * d)), values(s.take<Operand>(T * d)),
-              qt(s.take<Element>(MAX_BLOCK * d / NUM)), v(s.take<Element>(T * d / NUM)), p(s.take<Element>(T * T / NUM)),
+              qt(s.take<Element>(MAX_BLOCK * d / NUM)), v(s.take<Element>(T * d / NUM)), p(s.take<Element>(T * Q / NUM)),
               o(s.take(MAX_BLOCK * d)), reference(s.take(MAX_BLOCK)), total(s.take(MAX_BLOCK)) {}
     };
 
@@ -328,14 +293,16 @@ struct Walk : Products<Engines, D, T> {
         const Pruned pruned = pruned_of(columns, at.r);
         const float scale = call.scale * LOG2E;
 
-        Engine::template pack_columns<T>(rows(call.query, at, first_row, bs, s.rows), bs, d, s.qt);
-        expect(s.ahead, call.out, at, first_row, bs, true);
-        if (next.r < nb) expect(s.ahead, call.query, next, next.r * bs, bs);
+        Engine::template pack_columns<Q>(rows(call.query, at, first_row, bs, s.rows), bs, d, s.qt);
+        auto expect_rows = [&] {
+            expect(s.ahead, call.out, at, first_row, bs);
+            if (next.r < nb) expect(s.ahead, call.query, next, next.r * bs, bs);
+        };
         long first_key = call.N;    // the first that any query sees
         auto sweep = [&] {
             memset(s.total, 0, sizeof(float) * bs);
             first_key = call.N;
-            each_tile(columns, at, next, 4 * bs / T, s.ahead, [&](const Tile& tile) {
+            each_tile(columns, at, next, s.ahead, expect_rows, [&](const Tile& tile) {
                 bool fresh = first_key == call.N;
                 if (fresh) {
                     first_key = tile.first;
@@ -344,9 +311,9 @@ struct Walk : Products<Engines, D, T> {
                 }
                 const Rows<Operand> k = rows(call.key, at, tile.first, T, s.keys);
                 const Panel<Element> v = Engine::pack_rows(rows(call.value, at, tile.first, T, s.values), T, d, s.v);
-                for (int i = tile.from; i < bs; i += T) {
+                for (int i = tile.from; i < bs; i += Q) {
                     const Element* qt = s.qt + i * (d / NUM);
-                    const Hiding hiding{tile.real, tile.diagonal && i == tile.from};
+                    const Hiding hiding = tile.hiding(i);
                     if (hiding)
                         Tiles::template exp_scores<true>(d, k, qt, scale, s.reference + i, hiding, s.p, s.total + i, s.ahead);
                     else
@@ -394,11 +361,11 @@ struct Walk : Products<Engines, D, T> {
                                                const Pruned& pruned, const Forward& s) const {
         const vec none = splat(-__builtin_inff());
         for (int i = 0; i < bs; i += W) store(s.reference + i, pruned(i) > 0.0f ? vec{} : none);
-        each_tile(columns, at, next, 1, s.ahead, [&](const Tile& tile) {
+        each_tile(columns, at, next, s.ahead, [] {}, [&](const Tile& tile) {
             const Rows<Operand> k = rows(call.key, at, tile.first, T, s.keys);
-            for (int i = tile.from; i < bs; i += T)
-                Tiles::max_scores(d, k, s.qt + i * (d / NUM), call.scale * LOG2E, {tile.real, tile.diagonal && i == tile.from},
-                                  s.reference + i);
+            for (int i = tile.from; i < bs; i += Q)
+                Tiles::max_scores(d, k, s.qt + i * (d / NUM), call.scale * LOG2E, tile.hiding(i),
+                                  s.reference + i, s.ahead);
         });
         for (int i = 0; i < bs; i += W) {    // who sees no key needs a number all the same
             const vec top = load(s.reference + i);
@@ -412,25 +379,25 @@ struct Walk : Products<Engines, D, T> {
         typename Engine::Session session;
         mutable Ahead ahead;
         Operand *rows, *drows, *orows, *keys, *values;    // copies of inputs that cannot be read in place
-        Element *qt, *dot;                                // [bs / T][d / NUM][T]
+        Element *qt, *dot;                                // [bs / Q][d / NUM][Q]
         Element *q, *dout;                                // [bs / NUM][d], where rows must be packed
         Element* k;                                       // [T / NUM][d]
-        Operand *p, *ds;                                  // [T][T], rows are keys
-        Element* ds_columns;                              // [T / NUM][T]
+        Operand *p, *ds;                                  // [T][Q], rows are keys
+        Element* ds_columns;                              // [T / NUM][Q]
         float* dq;                                        // [bs][d]
         float *lse, *delta, *ones, *scales;               // [bs]
         float *dk, *dv;                                   // [`accumulated`][d]
         mutable Panel<Element> q_rows, dout_rows;         // of the row of blocks at hand
         static size_t size(int d, long accumulated) {
-            return sizeof(Operand) * (7 * MAX_BLOCK * d + 3 * T * d + 3 * T * T) + 4 * MAX_BLOCK * (d + 4) + 8 * accumulated * d;
+            return sizeof(Operand) * (7 * MAX_BLOCK * d + 3 * T * d + 3 * T * Q) + 4 * MAX_BLOCK * (d + 4) + 8 * accumulated * d;
         }
         Backward(Scratch& s, int d, long accumulated, float scale)
             : rows(s.take<Operand>(MAX_BLOCK * d)), drows(s.take<Operand>(MAX_BLOCK * d)),
               orows(s.take<Operand>(MAX_BLOCK * d)), keys(s.take<Operand>(T * d)), values(s.take<Operand>(T * d)),
               qt(s.take<Element>(MAX_BLOCK * d / NUM)), dot(s.take<Element>(MAX_BLOCK * d / NUM)),
               q(s.take<Element>(MAX_BLOCK * d / NUM)), dout(s.take<Element>(MAX_BLOCK * d / NUM)),
-              k(s.take<Element>(T * d / NUM)), p(s.take<Operand>(T * T)), ds(s.take<Operand>(T * T)),
-              ds_columns(Engine::columns_of(ds, s.take<Element>(T * T / NUM))), dq(s.take(MAX_BLOCK * d)),
+              k(s.take<Element>(T * d / NUM)), p(s.take<Operand>(T * Q)), ds(s.take<Operand>(T * Q)),
+              ds_columns(Engine::columns_of(ds, s.take<Element>(T * Q / NUM))), dq(s.take(MAX_BLOCK * d)),
               lse(s.take(MAX_BLOCK)), delta(s.take(MAX_BLOCK)), ones(s.take(MAX_BLOCK)), scales(s.take(MAX_BLOCK)),
               dk(s.take(accumulated * d)), dv(s.take(accumulated * d)), q_rows{}, dout_rows{} {
             for (int i = 0; i < MAX_BLOCK; ++i) ones[i] = 1.0f, scales[i] = scale;
@@ -438,17 +405,14 @@ struct Walk : Products<Engines, D, T> {
     };
 
     // Packs what one row of blocks contributes.
-    void load_row(const Place& at, const Place& next, const Backward& s) const {
+    void load_row(const Place& at, const Backward& s) const {
         const long first = at.r * bs;
         const Rows<Operand> q = rows(call.query, at, first, bs, s.rows), dout = rows(call.dout, at, first, bs, s.drows);
         const Rows<Operand> out = rows(call.out, at, first, bs, s.orows);
-        Engine::template pack_columns<T>(q, bs, d, s.qt);
-        Engine::template pack_columns<T>(dout, bs, d, s.dot);
+        Engine::template pack_columns<Q>(q, bs, d, s.qt);
+        Engine::template pack_columns<Q>(dout, bs, d, s.dot);
         s.q_rows = Engine::pack_rows(q, bs, d, s.q);
         s.dout_rows = Engine::pack_rows(dout, bs, d, s.dout);
-        const SatTensor* const inputs[] = {&call.query, &call.dout, &call.out};
-        if (next.r < nb)
-            for (const SatTensor* t : inputs) expect(s.ahead, *t, next, next.r * bs, bs);
         memcpy(s.lse, call.lse + (at.b * call.H + at.h) * call.N + first, sizeof(float) * bs);
         for (int i = 0; i < bs; i += W) {
             vec products[W];
@@ -460,17 +424,24 @@ struct Walk : Products<Engines, D, T> {
         }
     }
 
-    // One tile of keys against one row of blocks.
+    void expect_row(const Place& next, const Backward& s) const {
+        const SatTensor* const inputs[] = {&call.query, &call.dout, &call.out};
+        if (next.r < nb)
+            for (const SatTensor* t : inputs) expect(s.ahead, *t, next, next.r * bs, bs);
+    }
+
+    // One tile of keys against one row of blocks; its sums are rows [accumulated, accumulated + T) of dk and dv.
     template <bool DQ, bool DKV>
-    SAT_INLINE void backward_tile(const Place& at, const Tile& tile, float* dk, float* dv, bool fresh, const Backward& s) const {
+    SAT_INLINE void backward_tile(const Place& at, const Tile& tile, long accumulated, bool fresh, const Backward& s) const {
+        float *dk = s.dk + accumulated * d, *dv = s.dv + accumulated * d;
         const Rows<Operand> k = rows(call.key, at, tile.first, T, s.keys);
         const Rows<Operand> v = rows(call.value, at, tile.first, T, s.values);
         Panel<Element> k_rows{};
         if (DQ) k_rows = Engine::pack_rows(k, T, d, s.k);
         const float scale = call.scale * LOG2E;
-        for (int i = tile.from; i < bs; i += T) {
+        for (int i = tile.from; i < bs; i += Q) {
             const Element *qt = s.qt + i * (d / NUM), *dot = s.dot + i * (d / NUM);
-            const Hiding hiding{tile.real, tile.diagonal && i == tile.from};
+            const Hiding hiding = tile.hiding(i);
             if (hiding)
                 Tiles::template score_gradients<true>(d, k, v, qt, dot, scale, s.lse + i, s.delta + i, hiding, s.p, s.ds,
                                                       s.ds_columns, s.ahead);
@@ -487,15 +458,18 @@ struct Walk : Products<Engines, D, T> {
 
     // Row r of blocks: dQ, and (where one thread owns the head) its share of dK and dV, [N][d].
     template <bool DKV>
-    void backward_row(const Place& at, const Place& next, float* dk, float* dv, const Backward& s) const {
+    void backward_row(const Place& at, const Place& next, const Backward& s) const {
         const Blocks columns = columns_of(at);
         bool any_key = false;
-        expect(s.ahead, call.dquery, at, at.r * bs, bs, true);
+        auto expect_rows = [&] {
+            expect_row(next, s);
+            expect(s.ahead, call.dquery, at, at.r * bs, bs);
+        };
         if (columns.count) {
-            load_row(at, next, s);
-            each_tile(columns, at, next, 10 * bs / T, s.ahead, [&](const Tile& tile) {
+            load_row(at, s);
+            each_tile(columns, at, next, s.ahead, expect_rows, [&](const Tile& tile) {
                 if (!any_key && tile.from) memset(s.dq, 0, sizeof(float) * tile.from * d);
-                backward_tile<true, DKV>(at, tile, dk + tile.first * d, dv + tile.first * d, !any_key, s);
+                backward_tile<true, DKV>(at, tile, tile.first, !any_key, s);
                 any_key = true;
             });
         }
@@ -503,26 +477,15 @@ struct Walk : Products<Engines, D, T> {
         write(call.dquery, at, at.r * bs, bs, s.dq, s.scales);
     }
 
-    // One thread does heads [first, first + count) of an example, in turns.
-    void backward_heads(long b, long first, long count, const Backward& s) const {
-        memset(s.dk, 0, sizeof(float) * count * call.N * d);
-        memset(s.dv, 0, sizeof(float) * count * call.N * d);
-        for (long r = 0; r < nb; ++r)
-            for (long n = 0; n < count; ++n) {
-                const Place next = {b, first + (n + 1) % count, r + (n + 1) / count};
-                backward_row<true>({b, first + n, r}, next, s.dk + n * call.N * d, s.dv + n * call.N * d, s);
-            }
-        for (long r = 0; r < nb; ++r)
-            for (long n = 0; n < count; ++n) {
-                const Place at = {b, first + n, r};
-                expect(s.ahead, call.dkey, at, (r + 1) % nb * bs, bs, true);
-                expect(s.ahead, call.dvalue, at, (r + 1) % nb * bs, bs, true);
-                s.ahead.within(1);
-                s.ahead();
-                const long offset = (n * call.N + r * bs) * d;
-                write(call.dkey, at, r * bs, bs, s.dk + offset, s.scales);
-                write(call.dvalue, at, r * bs, bs, s.dv + offset, s.ones);
-            }
+    // One thread does a whole head.
+    void backward_head(long b, long h, const Backward& s) const {
+        memset(s.dk, 0, sizeof(float) * call.N * d);
+        memset(s.dv, 0, sizeof(float) * call.N * d);
+        for (long r = 0; r < nb; ++r) backward_row<true>({b, h, r}, {b, h, r + 1}, s);
+        for (long r = 0; r < nb; ++r) {
+            write(call.dkey, {b, h, r}, r * bs, bs, s.dk + r * bs * d, s.scales);
+            write(call.dvalue, {b, h, r}, r * bs, bs, s.dv + r * bs * d, s.ones);
+        }
     }
 
     // Column c of blocks: dK and dV alone, when the heads are too few to give every thread one.
@@ -533,10 +496,10 @@ struct Walk : Products<Engines, D, T> {
         const int32_t column = static_cast<int32_t>(c);
         for (int n = 0; n < rows.count; ++n) {
             const Place at = {b, h, rows[n]}, none = {b, h, nb};
-            load_row(at, {b, h, n + 1 < rows.count ? rows[n + 1] : nb}, s);
-            each_tile({&column, 0, 1}, at, none, 8 * bs / T, s.ahead, [&](const Tile& tile) {
-                const long offset = (tile.first - c * bs) * d;
-                backward_tile<false, true>(at, tile, s.dk + offset, s.dv + offset, false, s);
+            load_row(at, s);
+            auto expect_rows = [&] { expect_row({b, h, n + 1 < rows.count ? rows[n + 1] : nb}, s); };
+            each_tile({&column, 0, 1}, at, none, s.ahead, expect_rows, [&](const Tile& tile) {
+                backward_tile<false, true>(at, tile, tile.first - c * bs, false, s);
             });
         }
         write(call.dkey, {b, h, c}, c * bs, bs, s.dk, s.scales);
@@ -559,19 +522,16 @@ struct Walk : Products<Engines, D, T> {
 
     int backward() const {
         const long H = call.H, heads = call.B * H;
-        // Beyond 2 MiB the sums of all heads leave the cache, and taking heads in turns gains nothing.
-        const bool in_cache = 2 * sizeof(float) * H * call.N * d <= (2 << 20);
-        const long together = call.B >= call.threads && in_cache ? H : heads >= call.threads ? 1 : 0;
-        const long accumulated = together ? together * call.N : bs;
+        const bool whole = heads >= call.threads;
+        const long accumulated = whole ? call.N : bs;
         const size_t size = Backward::size(d, accumulated);
         auto make = [&](Scratch& scratch) { return Backward(scratch, d, accumulated, call.scale); };
-        if (together)
-            return spread(call.threads, heads / together, 1, size, make, [&](const Backward& s, long i) {
-                backward_heads(i * together / H, i * together % H, together, s);
-            });
+        if (whole)
+            return spread(call.threads, heads, 1, size, make,
+                          [&](const Backward& s, long i) { backward_head(i / H, i % H, s); });
         const int status = spread(call.threads, heads * nb, 1, size, make, [&](const Backward& s, long i) {
             const Place at = {i / nb / H, i / nb % H, i % nb};
-            backward_row<false>(at, {at.b, at.h, at.r + 1}, nullptr, nullptr, s);
+            backward_row<false>(at, {at.b, at.h, at.r + 1}, s);
         });
         if (status != SAT_OK) return status;
         return spread(call.threads, heads * nb, 1, size, make, [&](const Backward& s, long i) {
@@ -582,21 +542,26 @@ struct Walk : Products<Engines, D, T> {
 
 // ---- calls ----
 
-// Calls run(walk) with the Walk (or Statistics) made for the call's head_dim and block_size.
-template <template <template <bool> class, int, int> class Made, template <bool> class Engine, class Call, class Run>
+template <template <template <bool> class, int, int, int> class Made, template <bool> class Engine, int Q, class Call, class Run>
+int with_head_dim(const Call& call, Run run) {
+    if (call.d == 32) return run(Made<Engine, 32, Q, 32>(call));
+    if (call.d == 64) return run(Made<Engine, 64, Q, 32>(call));
+    if (call.d == 128) return run(Made<Engine, 128, Q, 32>(call));
+    return run(Made<Engine, 0, Q, 32>(call));
+}
+
+// Calls run(walk) with the Walk (or Statistics) made for the call's head_dim and block_size, of at most WIDEST queries a tile.
+template <template <template <bool> class, int, int, int> class Made, template <bool> class Engine, int WIDEST, class Call, class Run>
 int with_tiles(const Call& call, Run run) {
     if (call.d < 16 || call.d > 128 || call.d % 16 || call.bs < 16 || call.bs > MAX_BLOCK || call.bs % 16 || call.N % call.bs)
         return SAT_NOT_SUPPORTED;
     if (call.type != SAT_BFLOAT16 && (call.type != SAT_FLOAT32 || Engine<true>::NUM == 2)) return SAT_NOT_SUPPORTED;
 #if SAT_WIDTH > 4    // the portable path has too few registers for more, and takes long to compile
-    if (call.bs % 32 == 0) {
-        if (call.d == 32) return run(Made<Engine, 32, 32>(call));
-        if (call.d == 64) return run(Made<Engine, 64, 32>(call));
-        if (call.d == 128) return run(Made<Engine, 128, 32>(call));
-        return run(Made<Engine, 0, 32>(call));
-    }
+    if constexpr (WIDEST == 64)
+        if (call.bs % 64 == 0) return with_head_dim<Made, Engine, 64>(call, run);
+    if (call.bs % 32 == 0) return with_head_dim<Made, Engine, 32>(call, run);
 #endif
-    return run(Made<Engine, 0, 16>(call));
+    return run(Made<Engine, 0, 16, 16>(call));
 }
 
 }    // namespace
@@ -608,12 +573,12 @@ int with_tiles(const Call& call, Run run) {
 #define SAT_DEFINE_ATTENTION(Engine)                                                                         \
     namespace SAT_ISA_NAMESPACE {                                                                            \
     int attention_forward(const SatAttention& call) {                                                        \
-        return with_tiles<Walk, Engine>(call, [](const auto& walk) { return walk.forward(); });              \
+        return with_tiles<Walk, Engine, Engine<true>::QUERIES>(call, [](const auto& walk) { return walk.forward(); });              \
     }                                                                                                        \
     int attention_backward(const SatAttention& call) {                                                       \
-        return with_tiles<Walk, Engine>(call, [](const auto& walk) { return walk.backward(); });             \
+        return with_tiles<Walk, Engine, Engine<true>::QUERIES>(call, [](const auto& walk) { return walk.backward(); });             \
     }                                                                                                        \
     int attention_statistics(const SatStatistics& call) {                                                    \
-        return with_tiles<Statistics, Engine>(call, [](const auto& statistics) { return statistics.run(); }); \
+        return with_tiles<Statistics, Engine, 32>(call, [](const auto& statistics) { return statistics.run(); }); \
     }                                                                                                        \
     }

@@ -68,7 +68,8 @@ struct TileEngine : Bfloat16 {
     // C = A B, or C += A B, for RT by CT tiles of C.
     template <int RT, int CT, class A>
     static SAT_INLINE void block(long depth, const A& a, const Panel<uint32_t>& b, float* c, long c_columns,
-                                 bool fresh) {
+                                 bool fresh, Ahead& ahead) {
+        ahead.fetch(4 * RT * CT);
         alignas(64) float buffer[2][W * W];
         const long c_bytes = 4 * c_columns;
         float *upper = c, *lower = c + W * c_columns;
@@ -108,26 +109,22 @@ struct TileEngine : Bfloat16 {
         if constexpr (RT > 1 && CT > 1) _tile_stored(3, lower + W, c_bytes);
     }
 
-    template <int ROWS, class A, class Pause>
+    template <int ROWS, class A>
     static SAT_INLINE void add(long depth, const A& a, const Panel<uint32_t>& b, float* c, long columns, bool fresh,
-                               Pause& pause) {
+                               Ahead& ahead) {
         constexpr int RT = ROWS / W;
         static_assert(ROWS % W == 0 && RT <= 2, "a product is one or two tiles high");
         long first = 0;
         for (; first + 2 * W <= columns; first += 2 * W) {
-            pause();
-            block<RT, 2>(depth, a, b + first, c + first, columns, fresh);
+            block<RT, 2>(depth, a, b + first, c + first, columns, fresh, ahead);
         }
-        if (first < columns) {
-            pause();
-            block<RT, 1>(depth, a, b + first, c + first, columns, fresh);
-        }
+        if (first < columns) block<RT, 1>(depth, a, b + first, c + first, columns, fresh, ahead);
     }
 
     template <int ROWS, int NV, class A, class Emit>
-    static SAT_INLINE void panel(long depth, const A& a, const Panel<uint32_t>& b, Emit emit) {
+    static SAT_INLINE void panel(long depth, const A& a, const Panel<uint32_t>& b, Ahead& ahead, Emit emit) {
         alignas(64) float c[ROWS * NV * W];
-        block<ROWS / W, NV>(depth, a, b, c, NV * W, true);
+        block<ROWS / W, NV>(depth, a, b, c, NV * W, true, ahead);
         for (int row = 0; row < ROWS; row += 4) {
             vec acc[4][NV];
             read(acc, c, row);
@@ -135,17 +132,18 @@ struct TileEngine : Bfloat16 {
         }
     }
 
-    template <int ROWS, int NV, class A, class Emit>
+    template <int ROWS, int NV, class A, class First, class Second>
     static SAT_INLINE void panels(long depth, const A& a, const Panel<uint32_t>& b, const A& a2, const Panel<uint32_t>& b2,
-                                  Emit emit) {
+                                  bf16*, Ahead& ahead, First first, Second second) {
         alignas(64) float c[ROWS * NV * W], c2[ROWS * NV * W];
-        block<ROWS / W, NV>(depth, a, b, c, NV * W, true);
-        block<ROWS / W, NV>(depth, a2, b2, c2, NV * W, true);
+        block<ROWS / W, NV>(depth, a, b, c, NV * W, true, ahead);
+        block<ROWS / W, NV>(depth, a2, b2, c2, NV * W, true, ahead);
         for (int row = 0; row < ROWS; row += 4) {
             vec acc[4][NV], acc2[4][NV];
             read(acc, c, row);
             read(acc2, c2, row);
-            emit(row, acc, acc2);
+            first(row, acc);
+            second(row, acc, acc2);
         }
     }
 };

@@ -9,9 +9,10 @@
 // Number with products of it:
 //     Session                                           what a thread holds while it multiplies
 //     panel<ROWS, NV>(depth, A, B, emit)                calls emit(row, C[NR][NV]) for NR rows at a time
-//     panels<ROWS, NV>(depth, A, B, A', B', emit)       calls emit(row, C[NR][NV], C'[NR][NV])
-//     add<ROWS>(depth, A, B, C, columns, fresh, pause)  C [ROWS][columns] += A B, or = A B where it is fresh; calls pause()
-//                                                       now and then
+//     panels<ROWS, NV>(depth, A, B, A', B', P, first, second)   calls first(row, C[NR][NV]), then second(row, C, C'[NR][NV]);
+//                                                       an engine of one operand an element leaves C in P [ROWS][NV * W]
+//     add<ROWS>(depth, A, B, C, columns, fresh)         C [ROWS][columns] += A B, or = A B where it is fresh
+// Each takes the rows to fetch meanwhile, too.
 // Loops is the engine of vector instructions; attention_amx.cpp has one of tiles.
 #pragma once
 
@@ -122,12 +123,82 @@ struct Panel {
     Panel operator+(long columns) const { return {data + columns, stride}; }
 };
 
+// ---- fetching ahead ----
+
+constexpr int GRANULE = 16;    // block sizes are multiples of it
+
+// Rows that will be read or written soon. The inner loops of products fetch two cache lines of them at every step, so that some
+// are always on their way and never so many that other loads must wait: a kept block is seldom used twice, and no hardware
+// prefetcher knows the layout.
+class Ahead {
+  public:
+    // The same line of GRANULE rows.
+    struct Lines {
+        const char* at;
+        long stride;
+        // To the second level: the first would not hold what comes next beside what is in use.
+        SAT_INLINE void fetch() {
+            __builtin_prefetch(at, 0, 2);
+            at += stride;
+        }
+    };
+    // What has not been fetched by now is no longer worth it.
+    void restart() { first_ = last_ = 0; }
+    // Rows of `bytes` bytes, `stride` bytes apart; `rows` is a multiple of GRANULE.
+    void expect(const char* first, long stride, int rows, int bytes) {
+        for (; rows > 0; rows -= GRANULE, first += GRANULE * stride)
+            for (int byte = 0; byte < bytes && last_ < ROOM; byte += 64) lines_[last_++] = {first + byte, stride};
+    }
+    // Of the expected lines, `count` times GRANULE at once.
+    SAT_INLINE void fetch(int count) {
+        for (; count > 0 && first_ < last_; --count) {
+            Lines lines = next();
+            for (int i = 0; i < GRANULE; ++i) lines.fetch();
+        }
+    }
+    // The next lines; where there are none, one that is near anyway.
+    SAT_INLINE Lines next() { return first_ < last_ ? lines_[first_++] : Lines{reinterpret_cast<const char*>(this), 0}; }
+
+  private:
+    static constexpr int ROOM = 256;    // K and V of a tile, Q, dO, O and dQ of a block, all 128 x 128
+    int first_ = 0, last_ = 0;
+    Lines lines_[ROOM];
+};
+
+// ---- accumulators ----
+
+template <int NR, int NV>
+SAT_INLINE void clear(vec (&c)[NR][NV]) {
+    SAT_UNROLL(16)
+    for (int r = 0; r < NR; ++r)
+        SAT_UNROLL(4)
+        for (int v = 0; v < NV; ++v) c[r][v] = vec{};
+}
+
+// Rows [row, row + NR) of a product in memory, [NV * W] wide.
+template <int NR, int NV>
+SAT_INLINE void read(vec (&c)[NR][NV], const float* from, int row) {
+    SAT_UNROLL(16)
+    for (int r = 0; r < NR; ++r)
+        SAT_UNROLL(4)
+        for (int v = 0; v < NV; ++v) c[r][v] = load(from + (row + r) * NV * W + v * W);
+}
+
+template <int NR, int NV>
+SAT_INLINE void write(const vec (&c)[NR][NV], float* to, int row) {
+    SAT_UNROLL(16)
+    for (int r = 0; r < NR; ++r)
+        SAT_UNROLL(4)
+        for (int v = 0; v < NV; ++v) store(to + (row + r) * NV * W + v * W, c[r][v]);
+}
+
 // ---- numbers ----
 
 struct Float32 {
     typedef float Operand, Element;
     typedef vec Vector;
     static constexpr int NUM = 1;    // operands in an element
+    static constexpr int QUERIES = W == 16 ? 64 : 32;    // of a tile, at most
 
     static SAT_INLINE vec splat(const char* p) { return SAT_ISA_NAMESPACE::splat(*reinterpret_cast<const float*>(p)); }
     static SAT_INLINE vec multiply_add(vec c, vec a, vec b) { return c + a * b; }
@@ -161,16 +232,10 @@ struct Float32 {
         return sum + x[0];
     }
 
-    // Rows [row, row + NR) of probabilities and of gradients of the scores, [T] wide.
+    // Rows [row, row + NR) of probabilities (here they are in p) and of gradients of the scores, [T] wide.
     template <int T, int NR, int NV>
-    static SAT_INLINE void keep(int row, vec (&s)[NR][NV], vec (&ds)[NR][NV], float* p, float* gradients, float*) {
-        SAT_UNROLL(16)
-        for (int r = 0; r < NR; ++r)
-            SAT_UNROLL(4)
-            for (int v = 0; v < NV; ++v) {
-                store(p + (row + r) * T + v * W, s[r][v]);
-                store(gradients + (row + r) * T + v * W, ds[r][v]);
-            }
+    static SAT_INLINE void keep(int row, vec (&)[NR][NV], vec (&ds)[NR][NV], float*, float* gradients, float*) {
+        write(ds, gradients, row);
     }
     // The gradients as a ColumnFactor.
     static float* columns_of(float* gradients, float*) { return gradients; }
@@ -189,41 +254,28 @@ struct Count {
     static constexpr int value = N;
 };
 
-// Calls work(Count<NR>, row) for all rows below ROWS, NR at a time, then what is left.
-template <int ROWS, int NR, class Work>
+// Calls work(Count<NR>, row) for all rows below ROWS, in the fewest groups of at most MOST rows, of much the same size.
+template <int ROWS, int MOST, class Work>
 SAT_INLINE void by_rows(Work work) {
-    for (int row = 0; row + NR <= ROWS; row += NR) work(Count<NR>(), row);
-    if constexpr (ROWS % NR) work(Count<ROWS % NR>(), ROWS / NR * NR);
-}
-
-template <int NR, int NV>
-SAT_INLINE void clear(vec (&c)[NR][NV]) {
-    SAT_UNROLL(16)
-    for (int r = 0; r < NR; ++r)
-        SAT_UNROLL(4)
-        for (int v = 0; v < NV; ++v) c[r][v] = vec{};
-}
-
-// Rows [row, row + NR) of a product in memory, [NV * W] wide.
-template <int NR, int NV>
-SAT_INLINE void read(vec (&c)[NR][NV], const float* from, int row) {
-    SAT_UNROLL(16)
-    for (int r = 0; r < NR; ++r)
-        SAT_UNROLL(4)
-        for (int v = 0; v < NV; ++v) c[r][v] = load(from + (row + r) * NV * W + v * W);
+    constexpr int GROUPS = (ROWS + MOST - 1) / MOST, NR = (ROWS + GROUPS - 1) / GROUPS;
+    constexpr int SMALLER = GROUPS * NR - ROWS, WHOLE = (GROUPS - SMALLER) * NR;
+    for (int row = 0; row < WHOLE; row += NR) work(Count<NR>(), row);
+    if constexpr (SMALLER)
+        for (int row = WHOLE; row < ROWS; row += NR - 1) work(Count<NR - 1>(), row);
 }
 
 template <class Number>
 struct Loops : Number {
+    typedef typename Number::Operand Operand;
     typedef typename Number::Element Element;
     typedef typename Number::Vector Vector;
     struct Session {};
 
-    // c += A B over element k of rows [row, row + NR).
+    // c += A B over element k of the NR rows of A from `a_row` on.
     template <int NR, int NV, class A>
-    static SAT_INLINE void step(vec (&c)[NR][NV], int row, long k, const A& a, const Panel<Element>& b) {
+    static SAT_INLINE void step(vec (&c)[NR][NV], const char* a_row, long k, const A& a, const Panel<Element>& b) {
         const Element* from = b.data + k * b.stride;
-        const auto factor = [&](int r) { return Number::splat(a.data + (row + r) * a.row_bytes + k * a.step_bytes); };
+        const auto factor = [&](int r) { return Number::splat(a_row + k * a.step_bytes + r * a.row_bytes); };
         if constexpr (REGISTERS == 32) {
             Vector y[NV];
             SAT_UNROLL(4)
@@ -247,54 +299,67 @@ struct Loops : Number {
         }
     }
 
+    // Calls step(k) for every element k.
+    template <class Step>
+    static SAT_INLINE void along(long depth, Ahead& ahead, Step step) {
+        for (long granule = 0; granule < depth; granule += GRANULE) {
+            Ahead::Lines lines = ahead.next(), more = ahead.next();
+            const long end = granule + GRANULE < depth ? granule + GRANULE : depth;
+            SAT_UNROLL(2)
+            for (long k = granule; k < end; ++k) {
+                lines.fetch();
+                more.fetch();
+                step(k);
+            }
+        }
+    }
+
     template <int ROWS, int NV, class A, class Emit>
-    static SAT_INLINE void panel(long depth, const A& a, const Panel<Element>& b, Emit emit) {
+    static SAT_INLINE void panel(long depth, const A& a, const Panel<Element>& b, Ahead& ahead, Emit emit) {
         by_rows<ROWS, Number::rows_at_once(NV)>([&](auto rows, int row) __attribute__((always_inline)) {
             vec c[decltype(rows)::value][NV];
             clear(c);
-            SAT_UNROLL(2)
-            for (long k = 0; k < depth; ++k) step(c, row, k, a, b);
+            const char* a_row = a.data + row * a.row_bytes;
+            along(depth, ahead, [&](long k) __attribute__((always_inline)) { step(c, a_row, k, a, b); });
             emit(row, c);
         });
     }
 
-    template <int ROWS, int NV, class A, class Emit>
+    template <int ROWS, int NV, class A, class First, class Second>
     static SAT_INLINE void panels(long depth, const A& a, const Panel<Element>& b, const A& a2, const Panel<Element>& b2,
-                                  Emit emit) {
-        if constexpr (REGISTERS == 32) {
+                                  Operand* p, Ahead& ahead, First first, Second second) {
+        if constexpr (Number::NUM == 1) {    // one after the other: more rows at a time are worth more than what p costs
+            panel<ROWS, NV>(depth, a, b, ahead, [&](int row, auto& c) __attribute__((always_inline)) {
+                first(row, c);
+                write(c, p, row);
+            });
+            panel<ROWS, NV>(depth, a2, b2, ahead, [&](int row, auto& c2) __attribute__((always_inline)) {
+                vec c[sizeof(c2) / sizeof(c2[0])][NV];
+                read(c, p, row);
+                second(row, c, c2);
+            });
+        } else {
             by_rows<ROWS, Number::rows_at_once(2 * NV)>([&](auto rows, int row) __attribute__((always_inline)) {
                 vec c[decltype(rows)::value][NV], c2[decltype(rows)::value][NV];
                 clear(c);
                 clear(c2);
-                for (long k = 0; k < depth; ++k) {
-                    step(c, row, k, a, b);
-                    step(c2, row, k, a2, b2);
-                }
-                emit(row, c, c2);
-            });
-        } else {    // too few registers for both
-            alignas(64) float first[ROWS * NV * W];
-            panel<ROWS, NV>(depth, a, b, [&](int row, auto& c) __attribute__((always_inline)) {
-                constexpr int NR = sizeof(c) / sizeof(c[0]);
-                for (int r = 0; r < NR; ++r)
-                    for (int v = 0; v < NV; ++v) store(first + (row + r) * NV * W + v * W, c[r][v]);
-            });
-            panel<ROWS, NV>(depth, a2, b2, [&](int row, auto& c2) __attribute__((always_inline)) {
-                constexpr int NR = sizeof(c2) / sizeof(c2[0]);
-                vec c[NR][NV];
-                read(c, first, row);
-                emit(row, c, c2);
+                const char *a_row = a.data + row * a.row_bytes, *a2_row = a2.data + row * a2.row_bytes;
+                along(depth, ahead, [&](long k) __attribute__((always_inline)) {
+                    step(c, a_row, k, a, b);
+                    step(c2, a2_row, k, a2, b2);
+                });
+                first(row, c);
+                second(row, c, c2);
             });
         }
     }
 
-    template <int ROWS, int NV = 4, class A, class Pause>
+    template <int ROWS, int NV = 4, class A>
     static SAT_INLINE void add(long depth, const A& a, const Panel<Element>& b, float* c, long columns, bool fresh,
-                               Pause& pause, long first = 0) {
+                               Ahead& ahead, long first = 0) {
         for (; first + NV * W <= columns; first += NV * W)
-            panel<ROWS, NV>(depth, a, b + first, [&](int row, auto& sum) __attribute__((always_inline)) {
+            panel<ROWS, NV>(depth, a, b + first, ahead, [&](int row, auto& sum) __attribute__((always_inline)) {
                 constexpr int NR = sizeof(sum) / sizeof(sum[0]);
-                pause();
                 SAT_UNROLL(16)
                 for (int r = 0; r < NR; ++r)
                     SAT_UNROLL(4)
@@ -304,7 +369,7 @@ struct Loops : Number {
                     }
             });
         if constexpr (NV > 1)
-            if (first < columns) add<ROWS, NV - 1>(depth, a, b, c, columns, fresh, pause, first);
+            if (first < columns) add<ROWS, NV - 1>(depth, a, b, c, columns, fresh, ahead, first);
     }
 
   private:

@@ -81,6 +81,7 @@ struct Bfloat16 {
     typedef uint32_t Element;
     typedef pairs Vector;
     static constexpr int NUM = 2;
+    static constexpr int QUERIES = 32;
 
     static SAT_INLINE pairs splat(const char* p) { return splat_pair(*reinterpret_cast<const pair_unaligned*>(p)); }
     static SAT_INLINE vec multiply_add(vec c, pairs a, pairs b) { return dot2(c, a, b); }

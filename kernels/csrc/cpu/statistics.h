@@ -9,9 +9,10 @@
 namespace SAT_ISA_NAMESPACE {
 namespace {
 
-template <template <bool> class Engines, int D, int T>
-struct Statistics : Products<Engines, D, T> {
-    typedef Products<Engines, D, T> Tiles;
+template <template <bool> class Engines, int D, int Q, int T>
+struct Statistics : Products<Engines, D, Q, T> {
+    static_assert(Q == T, "a tile is a square");
+    typedef Products<Engines, D, Q, T> Tiles;
     typedef typename Tiles::Engine Engine;
     typedef typename Tiles::Operand Operand;
     typedef typename Tiles::Element Element;
@@ -54,9 +55,8 @@ struct Statistics : Products<Engines, D, T> {
     static __attribute__((noinline)) void exp_scores(int d_, const Rows<Operand>& k, float scale, const uint8_t* real, float* p,
                                                      float* mean, float* sums, const Pieces& s) {
         const int d = D ? D : d_;
-        Engine::template panel<T, NV>(d / NUM, RowFactor(k), {s.qt, T}, [&](int row, auto& scores) __attribute__((always_inline)) {
+        Engine::template panel<T, NV>(d / NUM, RowFactor(k), {s.qt, T}, s.ahead, [&](int row, auto& scores) __attribute__((always_inline)) {
             constexpr int NR = sizeof(scores) / sizeof(scores[0]);
-            s.ahead();
             SAT_UNROLL(4)
             for (int v = 0; v < NV; ++v) {
                 const vec shift = load(s.reference + v * W), inverse = load(s.inverse + v * W);
@@ -84,9 +84,9 @@ struct Statistics : Products<Engines, D, T> {
     SAT_INLINE void each_tile(const char* k_head, const uint8_t* real, const Pieces& s, Use use) const {
         const int size = call.type == SAT_FLOAT32 ? 4 : 2;
         for (long first = 0; first < N; first += T) {
+            s.ahead.restart();
             if (first + T < N)
-                s.ahead.expect(k_head + (first + T) * call.key.row * size, call.key.row * size, T, d * size, false);
-            s.ahead.within(2);
+                s.ahead.expect(k_head + (first + T) * call.key.row * size, call.key.row * size, T, d * size);
             use(first, rows_of(call.key, call.type, k_head, first, T, d, s.keys), state_of(real ? real + first : nullptr, T));
         }
     }
@@ -134,8 +134,8 @@ struct Statistics : Products<Engines, D, T> {
             if (!sweep<MEAN>(k_head, real, s)) {
                 for (int i = 0; i < T; ++i) s.reference[i] = -__builtin_inff();
                 each_tile(k_head, real, s, [&](long first, const Rows<Operand>& k, KeysState state) {
-                    const Hiding hiding{state == SOME_KEYS ? real + first : nullptr, false};
-                    if (state != NO_KEY) Tiles::max_scores(d, k, s.qt, call.scale * LOG2E, hiding, s.reference);
+                    const Hiding hiding{state == SOME_KEYS ? real + first : nullptr, -MAX_BLOCK};
+                    if (state != NO_KEY) Tiles::max_scores(d, k, s.qt, call.scale * LOG2E, hiding, s.reference, s.ahead);
                 });
                 // What the head before left is in the mean already.
                 if (MEAN == WAITING) memset(s.p, 0, sizeof(float) * N * T);

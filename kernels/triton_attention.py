@@ -247,7 +247,7 @@ def _tile(size: int, like: Tensor) -> int:
 def _options(like: Tensor, T: int) -> dict[str, int]:
     """For which registers suffice at D 32 and 64 (tests/test_triton_compiles.py)."""
     if like.element_size() == 4:  # tf32x3 keeps two parts of each operand
-        return {"num_warps": 8 if T > 16 else 4, "num_stages": 2}
+        return {"num_warps": 8, "num_stages": 2} if T > 16 else {"num_warps": 4}
     # wide rows: three stages would be more shared memory than a GeForce has
     return {"num_warps": 8, "num_stages": 2} if T * like.shape[3] > 4096 else {"num_warps": 4}
 

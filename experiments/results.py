@@ -18,9 +18,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import intervals
 import numpy as np
+
+from preprocess.planted import NUM_BLOCKS, NUM_CLASSES, NUM_COLUMNS, planted_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "results"
@@ -105,6 +108,36 @@ def planted_dense(kept: Path) -> str:
     return table([*header, "by mass, worst seed", "by mass, layer 1", "seeds"], rows)
 
 
+def ceiling(seed: int, masks: np.ndarray) -> float:
+    """The accuracy that a choice of blocks allows: an example is told if in some layer one of the
+    rows that need an asked column keeps its block of that column, else guessed.
+
+    masks: bool [L, 32, 32]. Every two of the eight columns are asked equally often.
+    """
+    pairs = planted_pairs(seed)
+    kept = masks.any(0)[tuple(pairs.T)]
+    blind = NUM_COLUMNS - len(set(pairs[kept, 1].tolist()))
+    told = 1 - math.comb(blind, 2) / math.comb(NUM_COLUMNS, 2)
+    return told + (1 - told) / NUM_CLASSES
+
+
+def kept_blocks(events: Events) -> np.ndarray:
+    """bool [L, 32, 32] of the first transition."""
+    lists = (transition(events) or {})["kept_blocks"]
+    masks = np.zeros((len(lists), NUM_BLOCKS * NUM_BLOCKS), dtype=bool)
+    for mask, kept in zip(masks, lists, strict=True):
+        mask[kept] = True
+    return masks.reshape(-1, NUM_BLOCKS, NUM_BLOCKS)
+
+
+def mean_ceiling(runs: dict[int, Events], seeds: dict[int, float]) -> str:
+    known = [e for s, e in runs.items() if s in seeds and "kept_blocks" in (transition(e) or {})]
+    if len(known) < len(seeds):
+        return "-"
+    values = [ceiling(seed, kept_blocks(runs[seed])) for seed in seeds]
+    return f"{np.mean(values):.3f}"
+
+
 def planted_arms(kept: Path) -> str:
     """Accuracy after 600 steps, the order that of the accuracy."""
     rows = []
@@ -117,9 +150,10 @@ def planted_arms(kept: Path) -> str:
             transition(events)["kept_mass"][0] for events in runs.values() if transition(events)
         ]
         mean = f"{np.mean(mass):.3f}" if mass else "-"
-        rows.append([at, pattern, *spread(list(final.values())), mean])
+        rows.append([at, pattern, *spread(list(final.values())), mean_ceiling(runs, final), mean])
     rows.sort(key=lambda row: (int(row[0]), -float(row[2])))
-    return table(["switch after", "blocks", *SPREAD, "attention kept, layer 0"], rows)
+    header = ["switch after", "blocks", *SPREAD, "ceiling", "attention kept, layer 0"]
+    return table(header, rows)
 
 
 PAIRS = [
@@ -128,7 +162,7 @@ PAIRS = [
 ]
 
 
-def planted_pairs(kept: Path) -> str:
+def planted_differences(kept: Path) -> str:
     """Paired by seed: the same prefix, other blocks."""
     runs = load("planted", kept)
     rows = []
@@ -160,9 +194,11 @@ def when(kept: Path) -> str:
         dense = float(np.mean([dense_steps(events) for events in runs.values()]))
         cost = dense * milliseconds["dense"] + (600 - dense) * milliseconds["sparse"]
         share = cost / (600 * milliseconds["dense"])
-        rows.append([name, steps, *spread(list(final.values())), f"{share:.2f}"])
+        cells = [*spread(list(final.values())), mean_ceiling(runs, final), f"{share:.2f}"]
+        rows.append([name, steps, *cells])
     rows.sort(key=lambda row: -float(row[2]))
-    return table(["criterion", "switched after", *SPREAD, "time / dense"], rows)
+    header = ["criterion", "switched after", *SPREAD, "ceiling", "time / dense"]
+    return table(header, rows)
 
 
 def churn(kept: Path) -> str:
@@ -399,7 +435,7 @@ def figures(folder: Path) -> None:
 TABLES: dict[str, Callable[[Path], str]] = {
     "planted-dense": planted_dense,
     "planted-arms": planted_arms,
-    "planted-pairs": planted_pairs,
+    "planted-differences": planted_differences,
     "when": when,
     "churn": churn,
     "image": image,

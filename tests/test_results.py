@@ -7,10 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import results
+
+from preprocess.planted import planted_mask, planted_pairs
 
 
 def keep(folder: Path, study: str, name: str, seed: int, events: list[dict]) -> None:
@@ -56,6 +59,21 @@ def test_planned_comparisons_of_a_made_up_study(tmp_path):
         "band - random": "different",
     }
     assert {row[0]: row[1] for row in rows}["band - random"] == "+0.0500"
+
+
+def test_the_ceiling_of_a_choice_of_blocks():
+    pairs = planted_pairs(3)
+    masks = np.zeros((2, 32, 32), dtype=bool)
+    assert results.ceiling(3, masks) == 0.25
+    columns = list(dict.fromkeys(pairs[:, 1].tolist()))
+    for layer, column in enumerate(columns[:2]):  # one pair of each of two columns
+        masks[layer][tuple(pairs[pairs[:, 1] == column][-1])] = True
+    # of the 28 questions, the 15 about the six other columns cannot be answered
+    assert results.ceiling(3, masks) == pytest.approx(13 / 28 + 15 / 28 / 4)
+    masks[0] |= ~planted_mask(pairs)  # blocks outside the planted set tell nothing
+    assert results.ceiling(3, masks) == pytest.approx(13 / 28 + 15 / 28 / 4)
+    masks[1] |= planted_mask(pairs)
+    assert results.ceiling(3, masks) == 1
 
 
 def test_pooled_residual_of_a_table_by_hand():

@@ -45,6 +45,7 @@ help:
 
 # tests run beside other work; OpenMP threads that spin while they wait would slow down both
 tests := OMP_WAIT_POLICY=passive $(PY) -m pytest -q
+JOBS := 2
 
 # Builds the kernels, then runs a command. Without them everything still runs, on the backend "reference": compile.sh says why,
 # here again after the command's output.
@@ -60,7 +61,7 @@ demo: train-env
 	$(call with-kernels,PYTHON=$(PY) sh experiments/demo.sh)
 
 test: dev-env
-	$(call with-kernels,$(tests))
+	$(call with-kernels,$(tests) -n $(JOBS) --dist loadfile)
 
 test-slow: dev-env
 	$(call with-kernels,$(tests) -m "not gpu")

@@ -30,7 +30,15 @@ ALLOWED = {
         "training.recording.files",
     },
     # they run the commands, and measure whatever they need
-    "experiments": {"experiments", "models", "kernels", "sparsity", "training", "config"},
+    "experiments": {
+        "experiments",
+        "models",
+        "kernels",
+        "sparsity",
+        "training",
+        "preprocess",
+        "config",
+    },
     "benchmarks": {
         "benchmarks",
         "models",

@@ -427,8 +427,8 @@ class Csv:
                 beside = f"class {value} beside {min(table)} to {max(table)}"
                 raise UserError(f"{row_where}: {beside}: which class is which is not certain")
             else:
-                names = ", ".join(self.labels[:-1])
-                job.skips.skip(row_where, f"the class is not {names} or {self.labels[-1]}")
+                names = f"{', '.join(self.labels[:-1])} or {self.labels[-1]}"
+                job.skips.skip(row_where, f"the class is {value[:20]!r}, not {names}")
 
     def _rows(self, file, where: str, skips) -> Iterator[tuple[str, str, str]]:
         """(where, class, text as latin-1) of each row."""

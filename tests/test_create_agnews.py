@@ -92,9 +92,12 @@ BAD = {
     "blank line": (b"", "blank line"),
     "two columns": (b'"1","title"', "2 columns, expected class, title and description"),
     "four columns": (b'"1","title","text","more"', "4 columns, expected"),
-    "class 5": (b'"5","title","text"', "the class is not 1, 2, 3 or 4"),
-    "header": (b'"Class Index","Title","Description"', "the class is not 1, 2, 3 or 4"),
-    "no class": (b'"","title","text"', "the class is not 1, 2, 3 or 4"),
+    "class 5": (b'"5","title","text"', "the class is '5', not 1, 2, 3 or 4"),
+    "header": (
+        b'"Class Index","Title","Description"',
+        "the class is 'Class Index', not 1",
+    ),
+    "no class": (b'"","title","text"', "the class is '', not 1, 2, 3 or 4"),
     "endless field": (b'"1","title","' + b"x" * 200_000 + b'"', "not CSV (field larger than"),
 }
 

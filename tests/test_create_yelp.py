@@ -88,7 +88,7 @@ def test_a_missing_last_line_end_costs_no_letter(tmp_path):
 
 BAD = {
     "blank line": (b"", "blank line"),
-    "class 3": (b'"3","text"', "the class is not 1 or 2"),
+    "class 3": (b'"3","text"', "the class is '3', not 1 or 2"),
     "no quotes": (b"1,text", "not of the form"),
     "one column": (b'"1"', "not of the form"),
     "three columns": (b'"1","text","more"', "not two columns"),

@@ -22,6 +22,8 @@ import test_create_retrieval as retrieval
 import test_create_text as text
 from preparing import tar
 
+from training.settings import build_config
+
 ROOT = Path(__file__).resolve().parents[1]
 LRA = {
     f"lra_release/lra_release/{name}": data
@@ -231,12 +233,12 @@ def test_too_small_a_disk_is_noticed_before_anything_is_fetched(clone):
 
 
 def test_the_task_of_the_docs_works_as_it_is_written(clone):
-    """docs/data.md, "Your own task": that file, two CSV files, one command."""
+    """docs/data.md, "Your own task": that file, two CSV files, one command; its dict is one."""
     page = (ROOT / "docs/data.md").read_text()
     code = page.split("## Your own task")[1].split("```python\n")[1].split("```")[0]
     assert len(code.split("TASK = ")[1].split("\n)\n")[0].splitlines()) <= 15
     (clone / "my_task.py").write_text(code)
-    rows = "".join(f"{i},{'good' if i % 2 else 'bad'},review {i}\n" for i in range(30))
+    rows = "".join(f"{i},{5 if i % 2 else 1},review {i}\n" for i in range(30))
     for name, start in (("train.csv", "0"), ("test.csv", "9")):
         text = "id,stars,review\n" + "".join(start + row for row in rows.splitlines(True))
         (clone / name).write_text(text.replace("review ", f"{name} "))
@@ -248,6 +250,11 @@ def test_the_task_of_the_docs_works_as_it_is_written(clone):
     assert facts["labels"]["test"] == {"bad": 15, "good": 15} and facts["trial"] == ""
     counts = [facts["splits"][split]["examples"] for split in ("train", "dev", "test")]
     assert counts[0] + counts[1] == 30 and counts[1] and counts[2] == 30
+    entry = page.split("## Your own task")[1].split("```python\n")[2].split("```")[0]
+    tasks: dict = {}
+    exec((ROOT / "config.py").read_text() + entry, tasks)
+    config, notices = build_config("my-reviews", tasks["Config"]["my-reviews"])
+    assert config.model.max_seq_len == 1024 and not notices
 
 
 def test_every_task_is_listed_with_its_options(clone):

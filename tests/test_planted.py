@@ -126,5 +126,5 @@ def test_same_seed_same_bytes_and_the_mask_beside_them(tmp_path):
 
 def test_negative_seed(tmp_path, capsys):
     assert make(tmp_path, "--seed", -1) == 2
-    assert "argument --seed: -1 is not between 0 and 2^64 - 1" in capsys.readouterr().err
+    assert f"argument --seed: -1 is not between 0 and {2**64 - 1}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

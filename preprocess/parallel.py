@@ -8,10 +8,10 @@ import multiprocessing.connection
 import multiprocessing.pool
 import os
 import queue
-import resource
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
+
+from training.peak import peak_resident_bytes
 
 _workers_peak = 0  # bytes: the most that the workers of one map had together
 
@@ -24,17 +24,7 @@ def num_cores() -> int:
 
 def peak_memory() -> int:
     """Bytes that this process and its workers had at most, each at its own peak."""
-    return _own_peak() + _workers_peak
-
-
-def _own_peak() -> int:
-    # ru_maxrss would count what the parent had when it started this process
-    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
+    return peak_resident_bytes() + _workers_peak
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -59,7 +49,7 @@ def _work(connection: multiprocessing.connection.Connection) -> None:
             except Exception as error:
                 with_trace = multiprocessing.pool.ExceptionWithTraceback
                 answer = False, with_trace(error, error.__traceback__)
-            connection.send((*answer, _own_peak()))
+            connection.send((*answer, peak_resident_bytes()))
 
 
 def _start_workers(count: int) -> list[tuple]:

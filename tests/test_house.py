@@ -27,6 +27,7 @@ ALLOWED = {
         "preprocess",
         "training.data",
         "training.errors",
+        "training.peak",
         "training.recording.files",
     },
     # they run the commands, and measure whatever they need

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import sys
-from contextlib import suppress
 
 import torch
 
 from models.config import ModelConfig
+from training.peak import peak_resident_bytes
 
 # On a CPU a micro-batch costs 2 to 3 ms besides its products, and one that leaves the caches costs
 # bandwidth: 32 sequences of 1,024 tokens were the best of 8 to 64, dense and sparse, fp32 and
@@ -80,13 +79,7 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory this process has used: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # ru_maxrss would count what the parent had when it started this process
-    with suppress(OSError), open("/proc/self/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()
 
 
 # torch on a CPU (two wordings); the CUDA driver; cuBLAS, cuDNN and their kin

@@ -62,6 +62,7 @@ struct Hiding {
 // at `from` sees, where it lies on a causal diagonal, no key after itself.
 struct Tile {
     long first;             // key
+    long column;            // of blocks, its
     const uint8_t* real;    // of its keys, null: all are
     int from;
     int ahead;              // of `from`, on a diagonal, else -MAX_BLOCK
@@ -127,15 +128,16 @@ struct Products {
     // o[i][c] += sum_j p[j][i] v[j][c], or = where o is fresh; o [Q][d].
     static __attribute__((noinline)) void add_values(int d_, const Element* p, const Panel<Element>& v, float* o, bool fresh,
                                                      Ahead& ahead) {
-        Engine::template add<Q>(T / NUM, ColumnFactor<Q>(p), v, o, D ? D : d_, fresh, ahead);
+        Engine::template add<Q>(T / NUM, ColumnFactor<Q>(p), v, o, D ? D : d_, D ? D : d_, fresh, ahead);
     }
 
-    // dk[j][c] += sum_i p[j][i] q[i][c]
-    static __attribute__((noinline)) void add_keys(int d_, const Operand* p, const Panel<Element>& q, float* dk, Ahead& ahead) {
-        Engine::template add<T>(Q / NUM, RowFactor(p, Q), q, dk, D ? D : d_, false, ahead);
+    // dk[j][c] += sum_i p[j][i] q[i][c], or = where dk is fresh; rows of dk are `stride` apart.
+    static __attribute__((noinline)) void add_keys(int d_, const Operand* p, const Panel<Element>& q, float* dk, long stride,
+                                                   bool fresh, Ahead& ahead) {
+        Engine::template add<T>(Q / NUM, RowFactor(p, Q), q, dk, stride, D ? D : d_, fresh, ahead);
     }
 
-    // p = exp2(scale k . q - lse), zero where hidden; ds = p * (v . do - delta), still without the factor `scale`.
+    // p = exp2(scale log2(e) k . q - lse), zero where hidden; ds = p * (scale v . do - delta).
     template <bool HIDDEN>
     static __attribute__((noinline)) void score_gradients(int d_, const Rows<Operand>& k, const Rows<Operand>& v,
                                                           const Element* qt, const Element* dot, float scale,
@@ -150,7 +152,7 @@ struct Products {
                 for (int r = 0; r < NR; ++r)
                     SAT_UNROLL(4)
                     for (int n = 0; n < NV; ++n) {
-                        s[r][n] = Engine::exp_probs(s[r][n] * scale - load(lse + n * W));
+                        s[r][n] = Engine::exp_probs(s[r][n] * (scale * LOG2E) - load(lse + n * W));
                         if (HIDDEN) s[r][n] = hiding(s[r][n], row + r, n * W);
                     }
             },
@@ -159,7 +161,7 @@ struct Products {
                 SAT_UNROLL(16)
                 for (int r = 0; r < NR; ++r)
                     SAT_UNROLL(4)
-                    for (int n = 0; n < NV; ++n) dp[r][n] = s[r][n] * (dp[r][n] - load(delta + n * W));
+                    for (int n = 0; n < NV; ++n) dp[r][n] = s[r][n] * (dp[r][n] * scale - load(delta + n * W));
                 Engine::template keep<Q>(row, s, dp, p, ds, ds_columns);
             });
     }
@@ -221,14 +223,16 @@ struct Walk : Products<Engines, D, Q, T> {
         ahead.expect(head(t, at) + first * t.row * size, t.row * size, count, d * size);
     }
 
-    // Calls use(tile) for each tile of keys in `columns` that has a real key, while the next one is fetched and, at the last,
-    // what rest() expects. `next` is the row of blocks that comes after this one.
-    template <class Rest, class Use>
-    SAT_INLINE void each_tile(const Blocks& columns, const Place& at, const Place& next, Ahead& ahead, Rest rest, Use use) const {
+    // Calls use(tile) for each tile of keys in `columns` that has a real key, while the next one, at `first`, is fetched with what
+    // along(first) expects and, at the last, what rest() expects. `next` is the row of blocks that comes after this one.
+    template <class Along, class Rest, class Use>
+    SAT_INLINE void each_tile(const Blocks& columns, const Place& at, const Place& next, Ahead& ahead, Along along, Rest rest,
+                              Use use) const {
         const uint8_t* real = call.real ? call.real + at.b * call.N : nullptr;
         auto expect_tile = [&](const Place& place, long first) {
             expect(ahead, call.key, place, first, T);
             expect(ahead, call.value, place, first, T);
+            along(first);
         };
         for (int n = 0; n < columns.count; ++n)
             for (int t = 0; t < bs; t += T) {
@@ -247,7 +251,7 @@ struct Walk : Products<Engines, D, Q, T> {
                 }
                 const KeysState state = state_of(real ? real + first : nullptr, T);
                 const bool diagonal = call.causal && columns[n] == at.r;
-                if (state != NO_KEY) use(Tile{first, state == ALL_KEYS ? nullptr : real + first, diagonal ? t / Q * Q : 0, diagonal ? t % Q : -MAX_BLOCK});
+                if (state != NO_KEY) use(Tile{first, columns[n], state == ALL_KEYS ? nullptr : real + first, diagonal ? t / Q * Q : 0, diagonal ? t % Q : -MAX_BLOCK});
             }
     }
 
@@ -302,7 +306,7 @@ struct Walk : Products<Engines, D, Q, T> {
         auto sweep = [&] {
             memset(s.total, 0, sizeof(float) * bs);
             first_key = call.N;
-            each_tile(columns, at, next, s.ahead, expect_rows, [&](const Tile& tile) {
+            each_tile(columns, at, next, s.ahead, [](long) {}, expect_rows, [&](const Tile& tile) {
                 bool fresh = first_key == call.N;
                 if (fresh) {
                     first_key = tile.first;
@@ -361,7 +365,7 @@ struct Walk : Products<Engines, D, Q, T> {
                                                const Pruned& pruned, const Forward& s) const {
         const vec none = splat(-__builtin_inff());
         for (int i = 0; i < bs; i += W) store(s.reference + i, pruned(i) > 0.0f ? vec{} : none);
-        each_tile(columns, at, next, s.ahead, [] {}, [&](const Tile& tile) {
+        each_tile(columns, at, next, s.ahead, [](long) {}, [] {}, [&](const Tile& tile) {
             const Rows<Operand> k = rows(call.key, at, tile.first, T, s.keys);
             for (int i = tile.from; i < bs; i += Q)
                 Tiles::max_scores(d, k, s.qt + i * (d / NUM), call.scale * LOG2E, tile.hiding(i),
@@ -385,26 +389,26 @@ struct Walk : Products<Engines, D, Q, T> {
         Operand *p, *ds;                                  // [T][Q], rows are keys
         Element* ds_columns;                              // [T / NUM][Q]
         float* dq;                                        // [bs][d]
-        float *lse, *delta, *ones, *scales;               // [bs]
-        float *dk, *dv;                                   // [`accumulated`][d]
+        float *lse, *delta, *ones;                        // [bs]
+        float *dk, *dv;                                   // [`accumulated`][d], where outputs are not fp32
         mutable Panel<Element> q_rows, dout_rows;         // of the row of blocks at hand
         static size_t size(int d, long accumulated) {
-            return sizeof(Operand) * (7 * MAX_BLOCK * d + 3 * T * d + 3 * T * Q) + 4 * MAX_BLOCK * (d + 4) + 8 * accumulated * d;
+            return sizeof(Operand) * (7 * MAX_BLOCK * d + 3 * T * d + 3 * T * Q) + 4 * MAX_BLOCK * (d + 3) + 8 * accumulated * d;
         }
-        Backward(Scratch& s, int d, long accumulated, float scale)
+        Backward(Scratch& s, int d, long accumulated)
             : rows(s.take<Operand>(MAX_BLOCK * d)), drows(s.take<Operand>(MAX_BLOCK * d)),
               orows(s.take<Operand>(MAX_BLOCK * d)), keys(s.take<Operand>(T * d)), values(s.take<Operand>(T * d)),
               qt(s.take<Element>(MAX_BLOCK * d / NUM)), dot(s.take<Element>(MAX_BLOCK * d / NUM)),
               q(s.take<Element>(MAX_BLOCK * d / NUM)), dout(s.take<Element>(MAX_BLOCK * d / NUM)),
               k(s.take<Element>(T * d / NUM)), p(s.take<Operand>(T * Q)), ds(s.take<Operand>(T * Q)),
               ds_columns(Engine::columns_of(ds, s.take<Element>(T * Q / NUM))), dq(s.take(MAX_BLOCK * d)),
-              lse(s.take(MAX_BLOCK)), delta(s.take(MAX_BLOCK)), ones(s.take(MAX_BLOCK)), scales(s.take(MAX_BLOCK)),
+              lse(s.take(MAX_BLOCK)), delta(s.take(MAX_BLOCK)), ones(s.take(MAX_BLOCK)),
               dk(s.take(accumulated * d)), dv(s.take(accumulated * d)), q_rows{}, dout_rows{} {
-            for (int i = 0; i < MAX_BLOCK; ++i) ones[i] = 1.0f, scales[i] = scale;
+            for (int i = 0; i < MAX_BLOCK; ++i) ones[i] = 1.0f;
         }
     };
 
-    // Packs what one row of blocks contributes.
+    // Packs what one row of blocks contributes; delta = scale dO . O.
     void load_row(const Place& at, const Backward& s) const {
         const long first = at.r * bs;
         const Rows<Operand> q = rows(call.query, at, first, bs, s.rows), dout = rows(call.dout, at, first, bs, s.drows);
@@ -420,7 +424,7 @@ struct Walk : Products<Engines, D, Q, T> {
                 products[n] = vec{};
                 for (int c = 0; c < d; c += W) products[n] += load(dout.row(i + n) + c) * load(out.row(i + n) + c);
             }
-            store(s.delta + i, sums(products));
+            store(s.delta + i, sums(products) * call.scale);
         }
     }
 
@@ -430,35 +434,71 @@ struct Walk : Products<Engines, D, Q, T> {
             for (const SatTensor* t : inputs) expect(s.ahead, *t, next, next.r * bs, bs);
     }
 
-    // One tile of keys against one row of blocks; its sums are rows [accumulated, accumulated + T) of dk and dv.
+    // Where the sums of dK and dV are held: in the outputs if those are fp32.
+    struct Target {
+        float *dk, *dv;    // of the first key of the head, or of the column of blocks
+        long dk_row, dv_row;
+        long first;
+    };
+    bool in_place() const { return call.type == SAT_FLOAT32; }
+    Target target(const Place& at, long first, const Backward& s) const {
+        if (!in_place()) return {s.dk, s.dv, d, d, first};
+        auto start = [&](const SatTensor& t) {
+            return reinterpret_cast<float*>(const_cast<char*>(head(t, at))) + first * t.row;
+        };
+        return {start(call.dkey), start(call.dvalue), call.dkey.row, call.dvalue.row, first};
+    }
+    // Rows of blocks of dK and dV from their sums, the first one's of `to`.
+    void write_keys(const Place& at, int blocks, const Backward& s) const {
+        if (in_place()) return;
+        for (int n = 0; n < blocks; ++n) {
+            write(call.dkey, at, (at.r + n) * bs, bs, s.dk + n * bs * d, s.ones);
+            write(call.dvalue, at, (at.r + n) * bs, bs, s.dv + n * bs * d, s.ones);
+        }
+    }
+    // Clears the sums of a column of blocks to which no tile adds: `fresh` ones are stored.
+    void clear_keys(const Place& at, const Target& to) const {
+        const bool kept = rows_of_column(at.h, at.r).count;
+        const uint8_t* real = call.real ? call.real + at.b * call.N : nullptr;
+        for (long first = at.r * bs; first < (at.r + 1) * bs; first += T) {
+            if (kept && state_of(real ? real + first : nullptr, T) != NO_KEY) continue;
+            for (long j = first - to.first; j < first - to.first + T; ++j) {
+                memset(to.dk + j * to.dk_row, 0, sizeof(float) * d);
+                memset(to.dv + j * to.dv_row, 0, sizeof(float) * d);
+            }
+        }
+    }
+
+    // One tile of keys against one row of blocks; fresh: nothing has been added to dQ, to dK and dV.
     template <bool DQ, bool DKV>
-    SAT_INLINE void backward_tile(const Place& at, const Tile& tile, long accumulated, bool fresh, const Backward& s) const {
-        float *dk = s.dk + accumulated * d, *dv = s.dv + accumulated * d;
+    SAT_INLINE void backward_tile(const Place& at, const Tile& tile, const Target& to, bool fresh, bool fresh_keys,
+                                  const Backward& s) const {
+        float *dk = to.dk + (tile.first - to.first) * to.dk_row, *dv = to.dv + (tile.first - to.first) * to.dv_row;
         const Rows<Operand> k = rows(call.key, at, tile.first, T, s.keys);
         const Rows<Operand> v = rows(call.value, at, tile.first, T, s.values);
         Panel<Element> k_rows{};
         if (DQ) k_rows = Engine::pack_rows(k, T, d, s.k);
-        const float scale = call.scale * LOG2E;
         for (int i = tile.from; i < bs; i += Q) {
             const Element *qt = s.qt + i * (d / NUM), *dot = s.dot + i * (d / NUM);
             const Hiding hiding = tile.hiding(i);
             if (hiding)
-                Tiles::template score_gradients<true>(d, k, v, qt, dot, scale, s.lse + i, s.delta + i, hiding, s.p, s.ds,
+                Tiles::template score_gradients<true>(d, k, v, qt, dot, call.scale, s.lse + i, s.delta + i, hiding, s.p, s.ds,
                                                       s.ds_columns, s.ahead);
             else
-                Tiles::template score_gradients<false>(d, k, v, qt, dot, scale, s.lse + i, s.delta + i, hiding, s.p, s.ds,
+                Tiles::template score_gradients<false>(d, k, v, qt, dot, call.scale, s.lse + i, s.delta + i, hiding, s.p, s.ds,
                                                        s.ds_columns, s.ahead);
             if (DKV) {
-                Tiles::add_keys(d, s.p, s.dout_rows + i / NUM * s.dout_rows.stride, dv, s.ahead);
-                Tiles::add_keys(d, s.ds, s.q_rows + i / NUM * s.q_rows.stride, dk, s.ahead);
+                const bool store = fresh_keys && i == tile.from;
+                Tiles::add_keys(d, s.p, s.dout_rows + i / NUM * s.dout_rows.stride, dv, to.dv_row, store, s.ahead);
+                Tiles::add_keys(d, s.ds, s.q_rows + i / NUM * s.q_rows.stride, dk, to.dk_row, store, s.ahead);
             }
             if (DQ) Tiles::add_values(d, s.ds_columns, k_rows, s.dq + i * d, fresh, s.ahead);
         }
     }
 
-    // Row r of blocks: dQ, and (where one thread owns the head) its share of dK and dV, [N][d].
+    // Row r of blocks: dQ, and (where one thread owns the head) its share of dK and dV.
     template <bool DKV>
-    void backward_row(const Place& at, const Place& next, const Backward& s) const {
+    void backward_row(const Place& at, const Place& next, const Target& to, const Backward& s) const {
         const Blocks columns = columns_of(at);
         bool any_key = false;
         auto expect_rows = [&] {
@@ -467,43 +507,43 @@ struct Walk : Products<Engines, D, Q, T> {
         };
         if (columns.count) {
             load_row(at, s);
-            each_tile(columns, at, next, s.ahead, expect_rows, [&](const Tile& tile) {
+            auto expect_sums = [&](long first) {
+                if (DKV) s.ahead.expect(to.dk + first * to.dk_row, to.dk_row, T, d), s.ahead.expect(to.dv + first * to.dv_row, to.dv_row, T, d);
+            };
+            each_tile(columns, at, next, s.ahead, expect_sums, expect_rows, [&](const Tile& tile) {
                 if (!any_key && tile.from) memset(s.dq, 0, sizeof(float) * tile.from * d);
-                backward_tile<true, DKV>(at, tile, tile.first, !any_key, s);
+                const bool fresh_keys = DKV && rows_of_column(at.h, tile.column)[0] == at.r;
+                backward_tile<true, DKV>(at, tile, to, !any_key, fresh_keys, s);
                 any_key = true;
             });
         }
         if (!any_key) memset(s.dq, 0, sizeof(float) * bs * d);
-        write(call.dquery, at, at.r * bs, bs, s.dq, s.scales);
+        write(call.dquery, at, at.r * bs, bs, s.dq, s.ones);
     }
 
     // One thread does a whole head.
     void backward_head(long b, long h, const Backward& s) const {
-        memset(s.dk, 0, sizeof(float) * call.N * d);
-        memset(s.dv, 0, sizeof(float) * call.N * d);
-        for (long r = 0; r < nb; ++r) backward_row<true>({b, h, r}, {b, h, r + 1}, s);
-        for (long r = 0; r < nb; ++r) {
-            write(call.dkey, {b, h, r}, r * bs, bs, s.dk + r * bs * d, s.scales);
-            write(call.dvalue, {b, h, r}, r * bs, bs, s.dv + r * bs * d, s.ones);
-        }
+        const Target to = target({b, h, 0}, 0, s);
+        for (long c = 0; c < nb; ++c) clear_keys({b, h, c}, to);
+        for (long r = 0; r < nb; ++r) backward_row<true>({b, h, r}, {b, h, r + 1}, to, s);
+        write_keys({b, h, 0}, nb, s);
     }
 
     // Column c of blocks: dK and dV alone, when the heads are too few to give every thread one.
     void backward_column(long b, long h, long c, const Backward& s) const {
-        memset(s.dk, 0, sizeof(float) * bs * d);
-        memset(s.dv, 0, sizeof(float) * bs * d);
+        const Target to = target({b, h, c}, c * bs, s);
+        clear_keys({b, h, c}, to);
         const Blocks rows = rows_of_column(h, c);
         const int32_t column = static_cast<int32_t>(c);
         for (int n = 0; n < rows.count; ++n) {
             const Place at = {b, h, rows[n]}, none = {b, h, nb};
             load_row(at, s);
             auto expect_rows = [&] { expect_row({b, h, n + 1 < rows.count ? rows[n + 1] : nb}, s); };
-            each_tile({&column, 0, 1}, at, none, s.ahead, expect_rows, [&](const Tile& tile) {
-                backward_tile<false, true>(at, tile, tile.first - c * bs, false, s);
+            each_tile({&column, 0, 1}, at, none, s.ahead, [](long) {}, expect_rows, [&](const Tile& tile) {
+                backward_tile<false, true>(at, tile, to, false, n == 0, s);
             });
         }
-        write(call.dkey, {b, h, c}, c * bs, bs, s.dk, s.scales);
-        write(call.dvalue, {b, h, c}, c * bs, bs, s.dv, s.ones);
+        write_keys({b, h, c}, 1, s);
     }
 
     // ---- whole calls ----
@@ -523,15 +563,15 @@ struct Walk : Products<Engines, D, Q, T> {
     int backward() const {
         const long H = call.H, heads = call.B * H;
         const bool whole = heads >= call.threads;
-        const long accumulated = whole ? call.N : bs;
+        const long accumulated = in_place() ? 0 : whole ? call.N : bs;
         const size_t size = Backward::size(d, accumulated);
-        auto make = [&](Scratch& scratch) { return Backward(scratch, d, accumulated, call.scale); };
+        auto make = [&](Scratch& scratch) { return Backward(scratch, d, accumulated); };
         if (whole)
             return spread(call.threads, heads, 1, size, make,
                           [&](const Backward& s, long i) { backward_head(i / H, i % H, s); });
         const int status = spread(call.threads, heads * nb, 1, size, make, [&](const Backward& s, long i) {
             const Place at = {i / nb / H, i / nb % H, i % nb};
-            backward_row<false>(at, {at.b, at.h, at.r + 1}, s);
+            backward_row<false>(at, {at.b, at.h, at.r + 1}, {}, s);
         });
         if (status != SAT_OK) return status;
         return spread(call.threads, heads * nb, 1, size, make, [&](const Backward& s, long i) {

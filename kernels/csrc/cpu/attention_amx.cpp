@@ -110,15 +110,15 @@ struct TileEngine : Bfloat16 {
     }
 
     template <int ROWS, class A>
-    static SAT_INLINE void add(long depth, const A& a, const Panel<uint32_t>& b, float* c, long columns, bool fresh,
+    static SAT_INLINE void add(long depth, const A& a, const Panel<uint32_t>& b, float* c, long stride, long columns, bool fresh,
                                Ahead& ahead) {
         constexpr int RT = ROWS / W;
         static_assert(ROWS % W == 0 && RT <= 2, "a product is one or two tiles high");
         long first = 0;
         for (; first + 2 * W <= columns; first += 2 * W) {
-            block<RT, 2>(depth, a, b + first, c + first, columns, fresh, ahead);
+            block<RT, 2>(depth, a, b + first, c + first, stride, fresh, ahead);
         }
-        if (first < columns) block<RT, 1>(depth, a, b + first, c + first, columns, fresh, ahead);
+        if (first < columns) block<RT, 1>(depth, a, b + first, c + first, stride, fresh, ahead);
     }
 
     template <int ROWS, int NV, class A, class Emit>

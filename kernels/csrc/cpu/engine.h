@@ -149,6 +149,9 @@ class Ahead {
         for (; rows > 0; rows -= GRANULE, first += GRANULE * stride)
             for (int byte = 0; byte < bytes && last_ < ROOM; byte += 64) lines_[last_++] = {first + byte, stride};
     }
+    void expect(const float* first, long stride, int rows, int columns) {
+        expect(reinterpret_cast<const char*>(first), 4 * stride, rows, 4 * columns);
+    }
     // Of the expected lines, `count` times GRANULE at once.
     SAT_INLINE void fetch(int count) {
         for (; count > 0 && first_ < last_; --count) {
@@ -354,8 +357,9 @@ struct Loops : Number {
         }
     }
 
+    // c += A B, or = where c is fresh; rows of c are `stride` apart.
     template <int ROWS, int NV = 4, class A>
-    static SAT_INLINE void add(long depth, const A& a, const Panel<Element>& b, float* c, long columns, bool fresh,
+    static SAT_INLINE void add(long depth, const A& a, const Panel<Element>& b, float* c, long stride, long columns, bool fresh,
                                Ahead& ahead, long first = 0) {
         for (; first + NV * W <= columns; first += NV * W)
             panel<ROWS, NV>(depth, a, b + first, ahead, [&](int row, auto& sum) __attribute__((always_inline)) {
@@ -364,12 +368,12 @@ struct Loops : Number {
                 for (int r = 0; r < NR; ++r)
                     SAT_UNROLL(4)
                     for (int v = 0; v < NV; ++v) {
-                        float* p = c + (row + r) * columns + first + v * W;
+                        float* p = c + (row + r) * stride + first + v * W;
                         store(p, fresh ? sum[r][v] : load(p) + sum[r][v]);
                     }
             });
         if constexpr (NV > 1)
-            if (first < columns) add<ROWS, NV - 1>(depth, a, b, c, columns, fresh, ahead, first);
+            if (first < columns) add<ROWS, NV - 1>(depth, a, b, c, stride, columns, fresh, ahead, first);
     }
 
   private:

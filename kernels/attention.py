@@ -135,11 +135,13 @@ def check_padding(key_padding_mask: Tensor | None, query: Tensor) -> None:
 def check_inputs(**tensors: Tensor) -> None:
     """All [B, H, N, d] of one shape, one floating dtype, on one device."""
     (first, query), *others = tensors.items()
-    if all(
-        x.shape == query.shape and x.dtype == query.dtype and x.device == query.device
-        for _, x in others
-    ) and (query.dim() == 4 and query.dtype in DTYPES and query.numel()):
-        return
+    shape, dtype, device = query.shape, query.dtype, query.device
+    for _, x in others:
+        if x.shape != shape or x.dtype != dtype or x.device != device:
+            break
+    else:
+        if len(shape) == 4 and dtype in DTYPES and 0 not in shape:
+            return
     if query.dim() != 4:
         raise ValueError(f"{first} must be [B, H, N, d], not {list(query.shape)}")
     if query.numel() == 0:

@@ -152,11 +152,14 @@ def _attention(tensors, lse, mask, *lists_and_settings) -> bytes:
             strided += 0, 0, 0, 0, 0
         else:
             strided += native.pointer(x, shape, dtype, _CPU, strided=True), *x.stride()
-    layouts = 1 if lists[0] is None else len(lists[0]) // (nb + 1)  # or H
-    kept = zip(lists, (layouts * (nb + 1), layouts * nb * nb) * 2, strict=True)
+    layouts, kept = 1, [0, 0, 0, 0]
+    if lists[0] is not None:
+        layouts = len(lists[0]) // (nb + 1)  # or H
+        sizes = ((layouts * (nb + 1),), (layouts * nb * nb,)) * 2
+        for i, (x, size) in enumerate(zip(lists, sizes, strict=True)):
+            kept[i] = 0 if x is None else native.pointer(x, size, torch.int32, _CPU)
     return _ATTENTION.pack(
-        *strided, _at(lse, B, H, N), _at(mask, B, N, dtype=torch.bool),
-        *(_at(x, size, dtype=torch.int32) for x, size in kept),
+        *strided, _at(lse, B, H, N), _at(mask, B, N, dtype=torch.bool), *kept,
         B, H, N, d, block_size, layouts, TYPES[query.dtype], pruned_zero, causal,
         torch.get_num_threads(), scale,
     )  # fmt: skip
@@ -166,7 +169,8 @@ def attention_forward(query, key, value, key_padding_mask, *lists_and_settings):
     out, lse = operators.attention_outputs(query)
     mask = _contiguous(key_padding_mask)
     tensors = query, key, value, out, None, None, None, None
-    packed = _attention(tensors, lse, mask, *lists_and_settings)
+    offsets, columns, _, _, *settings = lists_and_settings
+    packed = _attention(tensors, lse, mask, offsets, columns, None, None, *settings)
     native.call("sat_attention_forward", packed)
     return out, lse
 

@@ -103,7 +103,9 @@ def _padded(head_dim: int) -> int:
 def attention_forward(query, key, value, key_padding_mask, *lists_and_settings):
     out, lse = operators.attention_outputs(query)
     tensors = query, key, value, out, None, None, None, None
-    _run("forward", tensors, (lse, None), key_padding_mask, *lists_and_settings)
+    offsets, columns, _, _, *settings = lists_and_settings
+    lists = offsets, columns, None, None
+    _run("forward", tensors, (lse, None), key_padding_mask, *lists, *settings)
     return out, lse
 
 
@@ -151,29 +153,31 @@ def _run(
     query, mask = tensors[0], key_padding_mask
     shape, dtype, device = query.shape, query.dtype, query.device
     B, H, N, _ = shape
-    size, copies, numbers = dtype.itemsize, list[Tensor](), list[int]()  # copies: alive meanwhile
+    size, pointer = dtype.itemsize, native.pointer
+    copies: list[Tensor] = []  # alive meanwhile
+    numbers: list[int] = []
 
     def at(x: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> int:
-        return 0 if x is None else native.pointer(x, shape, dtype, device)
+        return 0 if x is None else pointer(x, shape, dtype, device)
 
     for x in tensors:
         if x is None:
             numbers += (0, 0, 0, 0)
             continue
-        address = native.pointer(x, shape, dtype, device, strided=True)
+        address = pointer(x, shape, dtype, device, strided=True)
         batch, head, row, inner = x.stride()
         if inner != 1 or ((batch | head | row) * size | address) % 16:
             # rows have to be whole and to start at multiples of 16 bytes
             x = x.clone(memory_format=torch.contiguous_format)
             copies.append(x)
-            address = native.pointer(x, shape, dtype, device)
+            address = pointer(x, shape, dtype, device)
             batch, head, row, _ = x.stride()
         numbers += (address, batch, head, row)
     numbers += at(rows[0], B, H, N), at(rows[1], B, H, N)
     if mask is None:
         numbers += (0, 0, 0)
     else:
-        address = native.pointer(mask, (B, N), torch.bool, device, strided=True)
+        address = pointer(mask, (B, N), torch.bool, device, strided=True)
         numbers += (address, *mask.stride())
     nb, head_lists = N // block_size, 0
     if lists[0] is None:
@@ -181,8 +185,9 @@ def _run(
     else:
         layouts = len(lists[0]) // (nb + 1)  # 1 or H
         head_lists = nb + 1 if layouts > 1 else 0
-        for i, x in enumerate(lists):
-            numbers.append(at(x, layouts * (nb * nb if i % 2 else nb + 1), dtype=torch.int32))
+        sizes = ((layouts * (nb + 1),), (layouts * nb * nb,)) * 2
+        for x, size_of in zip(lists, sizes, strict=True):
+            numbers.append(0 if x is None else pointer(x, size_of, torch.int32, device))
     packed = _ATTENTION.pack(
         *numbers, at(mean, groups, N, N), at(pieces, B, H, N // GRANULE, N // GRANULE), *shape,
         block_size, TYPES[dtype], pruned_zero, causal, head_lists, groups, accumulate, scale,

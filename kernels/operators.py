@@ -214,7 +214,8 @@ def attention_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_gradients(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return like_query(query), like_query(query), like_query(query)
+    first = like_query(query)
+    return first, torch.empty_like(first), torch.empty_like(first)
 
 
 # A BlockLayout's lists, or none of them for dense attention. lse: log2 of the softmax

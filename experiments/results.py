@@ -138,6 +138,12 @@ def mean_ceiling(runs: dict[int, Events], seeds: dict[int, float]) -> str:
     return f"{np.mean(values):.3f}"
 
 
+def mean_mass(runs: dict[int, Events], key: str = "kept_mass") -> str:
+    """At the switch, layer 0, mean over seeds."""
+    found = [switched[key][0] for e in runs.values() if (switched := transition(e))]
+    return f"{np.mean(found):.3f}" if found else "-"
+
+
 def planted_arms(kept: Path) -> str:
     """Accuracy after 600 steps, the order that of the accuracy."""
     rows = []
@@ -146,11 +152,8 @@ def planted_arms(kept: Path) -> str:
         if name in ("dense", "recall") or not final:
             continue
         pattern, _, at = name.rpartition("-")
-        mass = [
-            transition(events)["kept_mass"][0] for events in runs.values() if transition(events)
-        ]
-        mean = f"{np.mean(mass):.3f}" if mass else "-"
-        rows.append([at, pattern, *spread(list(final.values())), mean_ceiling(runs, final), mean])
+        cells = [*spread(list(final.values())), mean_ceiling(runs, final), mean_mass(runs)]
+        rows.append([at, pattern, *cells])
     rows.sort(key=lambda row: (int(row[0]), -float(row[2])))
     header = ["switch after", "blocks", *SPREAD, "ceiling", "attention kept, layer 0"]
     return table(header, rows)
@@ -164,15 +167,24 @@ PAIRS = [
 
 def planted_differences(kept: Path) -> str:
     """Paired by seed: the same prefix, other blocks."""
-    runs = load("planted", kept)
     rows = []
     for at in ("150", "200"):
-        for first, second in PAIRS:
-            a, b = (endpoints(runs.get(f"{name}-{at}", {}), (600,)) for name in (first, second))
-            if common := sorted(set(a) & set(b)):
-                values = [b[seed] - a[seed] for seed in common]
-                rows.append([at, f"{second} - {first}", *spread(values, "+.3f")])
+        rows += [[at, *row] for row in differences("planted", kept, PAIRS, at, (600,))]
     return table(["switch after", "difference", *SPREAD], rows)
+
+
+def differences(
+    study: str, kept: Path, pairs: list[tuple[str, str]], at: str, steps: tuple[int, ...]
+) -> list[list[str]]:
+    """Rows of second - first, paired by seed, of the pairs that have runs."""
+    runs = load(study, kept)
+    rows = []
+    for first, second in pairs:
+        a, b = (endpoints(runs.get(f"{name}-{at}", {}), steps) for name in (first, second))
+        if common := sorted(set(a) & set(b)):
+            values = [b[seed] - a[seed] for seed in common]
+            rows.append([f"{second} - {first}", *spread(values, "+.3f")])
+    return rows
 
 
 def dense_steps(events: Events) -> int:
@@ -229,14 +241,25 @@ def listops(kept: Path) -> str:
     return _descriptive(load("listops", kept))
 
 
+def listops_differences(kept: Path) -> str:
+    pairs = [
+        ("learned", "mass_rows"),
+        ("learned", "band"),
+        ("random", "learned"),
+        ("band", "mass_rows"),
+    ]
+    return table(["difference", *SPREAD], differences("listops", kept, pairs, "200", ENDPOINT))
+
+
 def _descriptive(studies: dict[str, dict[int, Events]]) -> str:
     rows = []
     for name, runs in studies.items():
         final = endpoints(runs, ENDPOINT)
         if name != "dense" and final:
-            rows.append([name.rpartition("-")[0], *spread(list(final.values()), ".4f")])
+            mass = f"{mean_mass(runs)} / {mean_mass(runs, 'chance_mass')}"
+            rows.append([name.rpartition("-")[0], *spread(list(final.values()), ".4f"), mass])
     rows.sort(key=lambda row: -float(row[1]))
-    return table(["blocks", *SPREAD], rows)
+    return table(["blocks", *SPREAD, "attention kept / if it were uniform, layer 0"], rows)
 
 
 ARMS = ["learned", "untrained", "random", "random_rows", "mass_rows", "band"]
@@ -441,6 +464,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "image": image,
     "image-tests": image_tests,
     "listops": listops,
+    "listops-differences": listops_differences,
     "paper-band": paper_band,
     "paper": paper,
     "checkpoints": checkpoints,

@@ -251,15 +251,23 @@ def listops_differences(kept: Path) -> str:
     return table(["difference", *SPREAD], differences("listops", kept, pairs, "200", ENDPOINT))
 
 
+def empty_rows(runs: dict[int, Events]) -> str:
+    """Fewest and most rows of blocks, in a layer of a run, that keep no block."""
+    counts = [n for e in runs.values() for n in (~kept_blocks(e).any(2)).sum(1)]
+    return f"{min(counts)} to {max(counts)}" if max(counts) else "0"
+
+
 def _descriptive(studies: dict[str, dict[int, Events]]) -> str:
     rows = []
     for name, runs in studies.items():
         final = endpoints(runs, ENDPOINT)
         if name != "dense" and final:
             mass = f"{mean_mass(runs)} / {mean_mass(runs, 'chance_mass')}"
-            rows.append([name.rpartition("-")[0], *spread(list(final.values()), ".4f"), mass])
+            cells = [*spread(list(final.values()), ".4f"), mass, empty_rows(runs)]
+            rows.append([name.rpartition("-")[0], *cells])
     rows.sort(key=lambda row: -float(row[1]))
-    return table(["blocks", *SPREAD, "attention kept / if it were uniform, layer 0"], rows)
+    more = ["attention kept / if it were uniform, layer 0", "rows of blocks without one"]
+    return table(["blocks", *SPREAD, *more], rows)
 
 
 ARMS = ["learned", "untrained", "random", "random_rows", "mass_rows", "band"]

@@ -88,6 +88,26 @@ def test_a_run_that_did_not_get_to_its_end_does_not_count(tmp_path):
     assert results.listops(tmp_path) == "Not run yet.\n"
 
 
+def test_rows_of_a_made_up_listops_study(tmp_path):
+    for arm, accuracies, blocks in (
+        ("band", (0.30, 0.34), [list(range(0, 1024, 32)), [0]]),  # the first layer has one a row
+        ("learned", (0.20, 0.20), [list(range(31)), [0, 33]]),  # all in row 0; in rows 0 and 1
+    ):
+        for seed, accuracy in enumerate(accuracies):
+            switch = {"event": "transition", "step": 200, "kept_blocks": blocks}
+            switch |= {"kept_mass": [0.1, 0.5], "chance_mass": [0.2, 0.5]}
+            evals = [
+                {"event": "eval", "step": step, "accuracy": accuracy} for step in results.ENDPOINT
+            ]
+            keep(tmp_path, "listops", f"{arm}-200", seed, [switch, *evals])
+    rows = results.listops(tmp_path).splitlines()[2:]
+    assert rows[0].startswith("| band | 0.3200 | 0.0283 |") and rows[0].endswith("| 0 to 31 |")
+    assert rows[1].endswith("| 2 | 0.100 / 0.200 | 30 to 31 |")
+    (difference,) = results.listops_differences(tmp_path).splitlines()[2:]
+    # t of one degree of freedom at 97.5 % is 12.706; sd 0.04 / sqrt 2
+    assert difference == "| band - learned | +0.120 | +0.028 | -0.134 to +0.374 | 2 |"
+
+
 def test_the_published_numbers_are_those_of_the_published_runs(shared_data):
     with open(shared_data / "reference" / "dev_trajectories.csv", newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["run"] == "learnable"]

@@ -104,7 +104,7 @@ STUDIES = {
         seeds=(0, 1, 2),
         steps=1500,
         prefix=(200,),
-        arms=_arms("learned random band mass_rows", 200),
+        arms=_arms("learned random band mass_rows random_rows", 200),
         options=(
             *("--batch_size", "32", "--set", "model.max_seq_len=512"),
             *("--set", "model.block_size=16", "--set", "training.eval_frequency=100"),

@@ -140,7 +140,8 @@ def mean_ceiling(runs: dict[int, Events], seeds: dict[int, float]) -> str:
 
 def mean_mass(runs: dict[int, Events], key: str = "kept_mass") -> str:
     """At the switch, layer 0, mean over seeds."""
-    found = [switched[key][0] for e in runs.values() if (switched := transition(e))]
+    switches = [transition(events) or {} for events in runs.values()]
+    found = [switch[key][0] for switch in switches if key in switch]  # none without a dense phase
     return f"{np.mean(found):.3f}" if found else "-"
 
 
@@ -169,18 +170,18 @@ def planted_differences(kept: Path) -> str:
     """Paired by seed: the same prefix, other blocks."""
     rows = []
     for at in ("150", "200"):
-        rows += [[at, *row] for row in differences("planted", kept, PAIRS, at, (600,))]
+        rows += [[at, *row] for row in differences("planted", kept, PAIRS, f"-{at}", (600,))]
     return table(["switch after", "difference", *SPREAD], rows)
 
 
 def differences(
-    study: str, kept: Path, pairs: list[tuple[str, str]], at: str, steps: tuple[int, ...]
+    study: str, kept: Path, pairs: list[tuple[str, str]], suffix: str, steps: tuple[int, ...]
 ) -> list[list[str]]:
-    """Rows of second - first, paired by seed, of the pairs that have runs."""
+    """Rows of second - first, paired by seed, of the pairs that have runs; arms end in `suffix`."""
     runs = load(study, kept)
     rows = []
     for first, second in pairs:
-        a, b = (endpoints(runs.get(f"{name}-{at}", {}), steps) for name in (first, second))
+        a, b = (endpoints(runs.get(name + suffix, {}), steps) for name in (first, second))
         if common := sorted(set(a) & set(b)):
             values = [b[seed] - a[seed] for seed in common]
             rows.append([f"{second} - {first}", *spread(values, "+.3f")])
@@ -211,6 +212,12 @@ def when(kept: Path) -> str:
     rows.sort(key=lambda row: -float(row[2]))
     header = ["criterion", "switched after", *SPREAD, "ceiling", "time / dense"]
     return table(header, rows)
+
+
+def when_differences(kept: Path) -> str:
+    pairs = [("after-150", "concentrated"), ("settled", "concentrated")]
+    pairs += [("concentrated", "after-400"), ("after-150", "reselect")]
+    return table(["difference", *SPREAD], differences("when", kept, pairs, "", (600,)))
 
 
 def churn(kept: Path) -> str:
@@ -248,7 +255,7 @@ def listops_differences(kept: Path) -> str:
         ("random", "learned"),
         ("band", "mass_rows"),
     ]
-    return table(["difference", *SPREAD], differences("listops", kept, pairs, "200", ENDPOINT))
+    return table(["difference", *SPREAD], differences("listops", kept, pairs, "-200", ENDPOINT))
 
 
 def empty_rows(runs: dict[int, Events]) -> str:
@@ -468,6 +475,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "planted-arms": planted_arms,
     "planted-differences": planted_differences,
     "when": when,
+    "when-differences": when_differences,
     "churn": churn,
     "image": image,
     "image-tests": image_tests,

@@ -177,7 +177,7 @@ def planted_differences(kept: Path) -> str:
 def differences(
     study: str, kept: Path, pairs: list[tuple[str, str]], suffix: str, steps: tuple[int, ...]
 ) -> list[list[str]]:
-    """Rows of second - first, paired by seed, of the pairs that have runs; arms end in `suffix`."""
+    """Rows of second - first, paired by seed, of pairs that have runs; arms end in `suffix`."""
     runs = load(study, kept)
     rows = []
     for first, second in pairs:

@@ -152,12 +152,7 @@ def _attention(tensors, lse, mask, *lists_and_settings) -> bytes:
             strided += 0, 0, 0, 0, 0
         else:
             strided += native.pointer(x, shape, dtype, _CPU, strided=True), *x.stride()
-    layouts, kept = 1, [0, 0, 0, 0]
-    if lists[0] is not None:
-        layouts = len(lists[0]) // (nb + 1)  # or H
-        sizes = ((layouts * (nb + 1),), (layouts * nb * nb,)) * 2
-        for i, (x, size) in enumerate(zip(lists, sizes, strict=True)):
-            kept[i] = 0 if x is None else native.pointer(x, size, torch.int32, _CPU)
+    layouts, kept = native.list_pointers(lists, nb, _CPU)
     return _ATTENTION.pack(
         *strided, _at(lse, B, H, N), _at(mask, B, N, dtype=torch.bool), *kept,
         B, H, N, d, block_size, layouts, TYPES[query.dtype], pruned_zero, causal,

@@ -179,15 +179,10 @@ def _run(
     else:
         address = pointer(mask, (B, N), torch.bool, device, strided=True)
         numbers += (address, *mask.stride())
-    nb, head_lists = N // block_size, 0
-    if lists[0] is None:
-        numbers += (0, 0, 0, 0)
-    else:
-        layouts = len(lists[0]) // (nb + 1)  # 1 or H
-        head_lists = nb + 1 if layouts > 1 else 0
-        sizes = ((layouts * (nb + 1),), (layouts * nb * nb,)) * 2
-        for x, size_of in zip(lists, sizes, strict=True):
-            numbers.append(0 if x is None else pointer(x, size_of, torch.int32, device))
+    nb = N // block_size
+    layouts, kept = native.list_pointers(lists, nb, device)
+    numbers += kept
+    head_lists = nb + 1 if layouts > 1 else 0
     packed = _ATTENTION.pack(
         *numbers, at(mean, groups, N, N), at(pieces, B, H, N // GRANULE, N // GRANULE), *shape,
         block_size, TYPES[dtype], pruned_zero, causal, head_lists, groups, accumulate, scale,

@@ -116,6 +116,21 @@ def pointer(
     return tensor.data_ptr()
 
 
+def list_pointers(
+    lists: Sequence[Tensor | None], num_blocks: int, device: torch.device
+) -> tuple[int, list[int]]:
+    """How many masks a layout's four lists hold, one or one a head, and their addresses; without
+    lists, or for one that is not needed, 0."""
+    if lists[0] is None:
+        return 1, [0, 0, 0, 0]
+    masks = len(lists[0]) // (num_blocks + 1)
+    shapes = ((masks * (num_blocks + 1),), (masks * num_blocks**2,)) * 2
+    return masks, [
+        0 if x is None else pointer(x, shape, torch.int32, device)
+        for x, shape in zip(lists, shapes, strict=True)
+    ]
+
+
 def _list_isas(library: ctypes.CDLL) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     reason = ctypes.c_char_p()

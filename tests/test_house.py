@@ -18,6 +18,7 @@ PACKAGES = (
 )
 LIBRARIES = ("kernels", "models", "sparsity", "training")
 ENTRY_SCRIPTS = {"main_learnable_skewness", "main_inference", "config"}
+EVERYTHING = {"models", "kernels", "sparsity", "training", "preprocess", "config"}
 ALLOWED = {
     "kernels": {"kernels"},
     "models": {"models", "kernels"},
@@ -31,24 +32,8 @@ ALLOWED = {
         "training.recording.files",
     },
     # they run the commands, and measure whatever they need
-    "experiments": {
-        "experiments",
-        "models",
-        "kernels",
-        "sparsity",
-        "training",
-        "preprocess",
-        "config",
-    },
-    "benchmarks": {
-        "benchmarks",
-        "models",
-        "kernels",
-        "sparsity",
-        "training",
-        "preprocess",
-        "config",
-    },
+    "experiments": {"experiments", *EVERYTHING},
+    "benchmarks": {"benchmarks", *EVERYTHING},
 }
 # modules of training and kernels that are programs too, or whose one switch comes from outside
 READS_OUTSIDE = {

@@ -251,7 +251,9 @@ struct Walk : Products<Engines, D, Q, T> {
                 }
                 const KeysState state = state_of(real ? real + first : nullptr, T);
                 const bool diagonal = call.causal && columns[n] == at.r;
-                if (state != NO_KEY) use(Tile{first, columns[n], state == ALL_KEYS ? nullptr : real + first, diagonal ? t / Q * Q : 0, diagonal ? t % Q : -MAX_BLOCK});
+                if (state != NO_KEY)
+                    use(Tile{first, columns[n], state == ALL_KEYS ? nullptr : real + first, diagonal ? t / Q * Q : 0,
+                             diagonal ? t % Q : -MAX_BLOCK});
             }
     }
 
@@ -508,7 +510,9 @@ struct Walk : Products<Engines, D, Q, T> {
         if (columns.count) {
             load_row(at, s);
             auto expect_sums = [&](long first) {
-                if (DKV) s.ahead.expect(to.dk + first * to.dk_row, to.dk_row, T, d), s.ahead.expect(to.dv + first * to.dv_row, to.dv_row, T, d);
+                if (!DKV) return;
+                s.ahead.expect(to.dk + first * to.dk_row, to.dk_row, T, d);
+                s.ahead.expect(to.dv + first * to.dv_row, to.dv_row, T, d);
             };
             each_tile(columns, at, next, s.ahead, expect_sums, expect_rows, [&](const Tile& tile) {
                 if (!any_key && tile.from) memset(s.dq, 0, sizeof(float) * tile.from * d);

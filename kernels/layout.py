@@ -63,8 +63,9 @@ class BlockLayout:
 
         row_offsets [nb + 1], row_columns, column_offsets [nb + 1], column_rows: row r keeps
         row_columns[row_offsets[r] : row_offsets[r + 1]], ascending; columns likewise. The other
-        two have nb * nb entries, of which the first nnz count. Those of several heads follow each
-        other, and their offsets run on.
+        two have nb * nb entries, of which the first nnz count, then nb: the rows (or columns),
+        those that keep most first. Those of several heads follow each other, and their offsets
+        run on.
         """
         if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
             return *_lists(self.block_mask), *_lists(self.block_mask.mT)
@@ -146,10 +147,13 @@ class BlockLayout:
 
 
 def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets of each row and ascending indices of its True entries, as `BlockLayout.lists`."""
+    """Offsets of each row; ascending indices of its True entries and the order of the rows, as
+    `BlockLayout.lists`."""
     nb, device = mask.shape[-1], mask.device
     mask = mask.reshape(-1, nb, nb)
-    ends = mask.sum(2).flatten().cumsum(0).view(-1, nb)
+    counts = mask.sum(2)
+    ends = counts.flatten().cumsum(0).view(-1, nb)
+    order = counts.argsort(dim=1, descending=True, stable=True).to(torch.int32)
     offsets = torch.zeros(len(mask), nb + 1, dtype=torch.int32, device=device)
     offsets[:, 1:], offsets[1:, 0] = ends, ends[:-1, -1]
     # Where each entry goes: those that are kept by their order, the others behind the last.
@@ -157,4 +161,5 @@ def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.where(flat, flat.cumsum(0) - 1, size)
     indices = torch.zeros(size + 1, dtype=torch.int32, device=device)
     columns = torch.arange(nb, dtype=torch.int32, device=device).repeat(size // nb)
-    return offsets.flatten(), indices.scatter_(0, place, columns)[:-1]
+    blocks = indices.scatter_(0, place, columns)[:-1]
+    return offsets.flatten(), torch.cat([blocks, order.flatten()])

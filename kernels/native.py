@@ -124,7 +124,7 @@ def list_pointers(
     if lists[0] is None:
         return 1, [0, 0, 0, 0]
     masks = len(lists[0]) // (num_blocks + 1)
-    shapes = ((masks * (num_blocks + 1),), (masks * num_blocks**2,)) * 2
+    shapes = ((masks * (num_blocks + 1),), (masks * num_blocks * (num_blocks + 1),)) * 2
     return masks, [
         0 if x is None else pointer(x, shape, torch.int32, device)
         for x, shape in zip(lists, shapes, strict=True)

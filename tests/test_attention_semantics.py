@@ -761,7 +761,11 @@ def test_layout_lists():
     assert row_columns[:7].tolist() == [1, 3, 0, 1, 2, 3, 1]
     assert column_offsets.tolist() == [0, 1, 4, 5, 7]
     assert column_rows[:7].tolist() == [2, 0, 2, 3, 2, 0, 2]
-    assert all(x.dtype == torch.int32 for x in layout.lists) and len(row_columns) == 16
+    assert all(x.dtype == torch.int32 for x in layout.lists) and len(row_columns) == 20
+    assert row_columns[16:].tolist() == [2, 0, 3, 1], "rows, those that keep most first"
+    assert column_rows[16:].tolist() == [1, 3, 0, 2]
+    both = torch.stack([mask, mask.mT])
+    assert BlockLayout.from_mask(both, 8).lists[1][32:].tolist() == [2, 0, 3, 1, 1, 3, 0, 2]
     assert (layout.num_blocks, layout.num_active, layout.length) == (4, 7, 32)
     assert [(r.tolist(), c.tolist()) for r, c in layout.row_groups] == [
         ([3], [[1]]),
@@ -781,7 +785,7 @@ def test_a_layout_never_waits_for_the_device():
     """Nothing reads a value: fake tensors have none."""
     with FakeTensorMode():
         layout = BlockLayout.from_mask(torch.ones(4, 4, dtype=torch.bool), 16, causal=True)
-        assert [len(x) for x in layout.lists] == [5, 16, 5, 16] and len(layout.active) == 4
+        assert [len(x) for x in layout.lists] == [5, 20, 5, 20] and len(layout.active) == 4
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ enum cudaError_t {
     cudaErrorLaunchFailure = 719
 };
 struct cudaFuncAttributes {};
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 inline int min(int a, int b) { return a < b ? a : b; }
@@ -106,6 +106,7 @@ struct Machine {
     int arch = 800;                   // compute capability times 100: which instructions the kernels may use
     int shared_limit = 227 * 1024;    // of an H100
     int multiprocessors = 132;
+    int cache = 200 * 1024;           // small, so that heads are taken in several groups
     bool foreign = false;             // a GPU that the library has no kernels for
     std::string error;
     unsigned block = 0, blocks = 0, threads = 0;
@@ -531,7 +532,9 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
     const emulation::Machine& machine = emulation::machine;
-    *value = what == cudaDevAttrMultiProcessorCount ? machine.multiprocessors : machine.shared_limit;
+    *value = what == cudaDevAttrMultiProcessorCount ? machine.multiprocessors
+             : what == cudaDevAttrL2CacheSize       ? machine.cache
+                                                    : machine.shared_limit;
     return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t) {

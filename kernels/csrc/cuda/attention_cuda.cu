@@ -20,12 +20,13 @@ SAT_EXPORT const char* sat_cuda_error(int status) {
 
 static int run_pass(sat::Pass pass, const SatAttention& attention, int device, void* stream, bool launch) {
     // This library's runtime has a current device of its own.
-    int limit = 0, multiprocessors = 0;
+    int limit = 0, multiprocessors = 0, cache = 0;
     cudaError_t status = cudaSetDevice(device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device);
     if (status != cudaSuccess) return status;
-    const sat::Run run{pass, limit, multiprocessors, launch, stream};
+    const sat::Run run{pass, limit, multiprocessors, cache, launch, stream};
     switch (attention.type) {
         case 0:
             return sat::run_float(run, attention);

@@ -29,7 +29,7 @@ struct SatAttention {
     float *lse, *delta;
     const uint8_t* key_padding_mask;    // [B, N], 1 = real; null: all are
     int64_t mask_strides[2];
-    // Kept blocks by row and by column as in BlockLayout; null: every block.
+    // Kept blocks by row and by column as BlockLayout.lists has them; null: every block.
     const int32_t *row_offsets, *row_columns, *column_offsets, *column_rows;
     float* mean;      // [groups, N, N] or null
     float* pooled;    // [B, H, N / 16, N / 16] sums of p over 16 x 16 pieces
@@ -53,6 +53,7 @@ struct Run {
     Pass pass;
     int shared_limit;       // bytes a thread block may have
     int multiprocessors;
+    int cache;              // bytes of L2
     bool launch;
     void* stream;
 };
@@ -148,16 +149,41 @@ struct Walk {
     }
 };
 
+// What the passes over kept blocks get.
+struct Walks : SatAttention {
+    unsigned together;    // heads
+};
+
+// Which tile of M rows a thread block takes, counted through all heads. With kept blocks in lists: `together` heads at a
+// time, first the longest rows (or columns) of all of them, so that no long walk begins last, while what these heads
+// read stays in the L2 cache. Not with wider rows, which leave no register for it.
+template <int D, int M>
+__device__ __forceinline__ unsigned tile_of_block(const Walks& p, const int32_t* list) {
+    if (D > 32 || !list) return blockIdx.x;
+    const unsigned tiles = static_cast<unsigned>(p.length) / M, nb = static_cast<unsigned>(p.length / p.block_size);
+    const unsigned heads = static_cast<unsigned>(p.heads), parts = tiles / nb;
+    const unsigned first = blockIdx.x / (tiles * p.together) * p.together;
+    const unsigned several = min(p.together, static_cast<unsigned>(p.batch) * heads - first);
+    const unsigned at = blockIdx.x - first * tiles, rank = at / several, batch_head = first + at - rank * several;
+    // The order stands behind the blocks of all masks.
+    const int32_t* order = list + (p.head_lists ? heads * nb + batch_head % heads : nb) * nb;
+    unsigned tile = batch_head * tiles + order[rank / parts] * parts + rank % parts;
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(tile));    // so that a place is one register, from which the rest can be computed again
+#endif
+    return tile;
+}
+
 // Where a thread block works.
-template <int M>
+template <int D, int M>
 struct Place {
     int row0;    // first row of its tile
     int64_t batch, head, batch_head;
 
-    __device__ __forceinline__ explicit Place(const SatAttention& p) {
-        const unsigned tiles = static_cast<unsigned>(p.length) / M;
-        const unsigned index = blockIdx.x / tiles;
-        row0 = static_cast<int>(blockIdx.x - index * tiles) * M;
+    __device__ __forceinline__ Place(const Walks& p, const int32_t* list) {
+        const unsigned tiles = static_cast<unsigned>(p.length) / M, tile = tile_of_block<D, M>(p, list);
+        const unsigned index = tile / tiles;
+        row0 = static_cast<int>(tile - index * tiles) * M;
         batch_head = index;
         batch = index / static_cast<unsigned>(p.heads);
         head = index - batch * p.heads;
@@ -242,11 +268,11 @@ inline constexpr int kMinBlocks = kBoundRegisters && kBytes<E> == 2 && D <= 64 &
 
 // out and lse; without kOutput instead a row's largest score (in lse) and 1 / sum of 2^(s - largest) (in delta).
 template <class E, int D, int M, int K, bool kCausal, bool kOutput>
-__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M, kCausal>) forward_kernel(const __grid_constant__ SatAttention p) {
+__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M, kCausal>) forward_kernel(const __grid_constant__ Walks p) {
     using T = Tile<E, D>;
     using S = Shared<E, D, M, K, 1>;
     constexpr int kThreads = M * 2;
-    const Place<M> place(p);
+    const Place<D, M> place(p, p.row_columns);
     const Walk<K> walk(p, p.row_offsets, p.row_columns, place.head, place.row0);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, mine = place.row0 + row + lane / 4;
     const bool hides = kCausal || p.key_padding_mask;
@@ -375,11 +401,11 @@ inline constexpr int kPieces = D <= 64 && K >= 32 ? 2 : 1;
 
 // dq and delta.
 template <class E, int D, int M, int K, bool kCausal>
-__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M, kCausal>) backward_rows_kernel(const __grid_constant__ SatAttention p) {
+__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M, kCausal>) backward_rows_kernel(const __grid_constant__ Walks p) {
     using T = Tile<E, D>;
     using S = Shared<E, D, M, K, 2>;
     constexpr int kThreads = M * 2, n = kPieces<E, D, K>;
-    const Place<M> place(p);
+    const Place<D, M> place(p, p.row_columns);
     const Walk<K> walk(p, p.row_offsets, p.row_columns, place.head, place.row0);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, mine = place.row0 + row + lane / 4;
     const bool hides = kCausal || p.key_padding_mask;
@@ -449,11 +475,11 @@ __global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M, kCausal>) backward_
 
 // dk and dv; M keys of a block column meet the queries of its kept blocks. Runs after backward_rows_kernel (delta).
 template <class E, int D, int M, int K, bool kCausal>
-__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M, kCausal>) backward_columns_kernel(const __grid_constant__ SatAttention p) {
+__global__ void __launch_bounds__(M * 2, kMinBlocks<E, D, M, kCausal>) backward_columns_kernel(const __grid_constant__ Walks p) {
     using T = Tile<E, D>;
     using S = Shared<E, D, M, K, 2>;
     constexpr int kThreads = M * 2, n = kPieces<E, D, K>;
-    const Place<M> place(p);
+    const Place<D, M> place(p, p.column_rows);
     const Walk<K> walk(p, p.column_offsets, p.column_rows, place.head, place.row0);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, mine = place.row0 + row + lane / 4;
     const unsigned char* query = head_of<E>(p.query, place.batch, place.head);
@@ -647,9 +673,12 @@ int run_rows(const Run& run, const SatAttention& p) {
     constexpr int K = M < kMost ? M : kMost;
     constexpr int k = K < 32 ? K : 32;    // the backward pass has no registers left for the addresses of larger tiles
     const int64_t blocks = p.batch * p.heads * (p.length / M);
+    // Heads whose keys and values (or queries and dout) take half of the L2 cache.
+    const int64_t together = run.cache / (4 * p.length * D * kBytes<E>);
+    const Walks walks{p, static_cast<unsigned>(together > 0 ? together : 1)};
     auto go = [&](auto kernel, int shared) {
         if (shared > run.shared_limit) return kTooLarge;
-        return run.launch ? launch(kernel, blocks, M * 2, shared, run.stream, p) : loadable(kernel);
+        return run.launch ? launch(kernel, blocks, M * 2, shared, run.stream, walks) : loadable(kernel);
     };
     switch (run.pass) {
         case kForward:

@@ -93,7 +93,9 @@ def print_limits() -> None:
                 numbers = f"{row['arithmetic']:12.2f}{row['memory']:10.2f}"
                 print(f"{name:20}{dtype:6}{what:18}{numbers}{row['exponentials']:14.2f}")
 
-    print("\nlra-image's columns on 924 blocks at a time, when they end over even work (simulated)")
+    print(
+        "\nlra-image's columns on 924 blocks at a time, when they end over even work (simulated)"
+    )
     print(f"{'kept blocks':20}{'heads':>6}{'in their order':>16}{'longest first':>16}")
     generator = random.Random(0)
     places = generator.choices(range(32), k=51)

@@ -113,7 +113,7 @@ def schedule(tiles: list[int], heads: int, longest_first: bool) -> float:
     multiprocessors at a time; 190 heads are what half of an H100's L2 cache holds.
     """
     free_at, total, end = [0.0] * (7 * 132), 0.0, 0.0
-    together = 190 if longest_first else 1
+    together = -(-heads // -(-heads // 190)) if longest_first else 1
     for first in range(0, heads, together):
         for count in sorted(tiles, reverse=True) if longest_first else tiles:
             for _ in range(min(together, heads - first)):

@@ -673,9 +673,10 @@ int run_rows(const Run& run, const SatAttention& p) {
     constexpr int K = M < kMost ? M : kMost;
     constexpr int k = K < 32 ? K : 32;    // the backward pass has no registers left for the addresses of larger tiles
     const int64_t blocks = p.batch * p.heads * (p.length / M);
-    // Heads whose keys and values (or queries and dout) take half of the L2 cache.
-    const int64_t together = run.cache / (4 * p.length * D * kBytes<E>);
-    const Walks walks{p, static_cast<unsigned>(together > 0 ? together : 1)};
+    // Groups of heads, equal ones, whose keys and values (or queries and dout) take at most half of the L2 cache.
+    const int64_t heads = p.batch * p.heads, fit = run.cache / (4 * p.length * D * kBytes<E>) + 1;
+    const int64_t groups = (heads + fit - 1) / fit;
+    const Walks walks{p, static_cast<unsigned>(groups > 0 ? (heads + groups - 1) / groups : 1)};
     auto go = [&](auto kernel, int shared) {
         if (shared > run.shared_limit) return kTooLarge;
         return run.launch ? launch(kernel, blocks, M * 2, shared, run.stream, walks) : loadable(kernel);

@@ -673,7 +673,7 @@ int run_rows(const Run& run, const SatAttention& p) {
     constexpr int K = M < kMost ? M : kMost;
     constexpr int k = K < 32 ? K : 32;    // the backward pass has no registers left for the addresses of larger tiles
     const int64_t blocks = p.batch * p.heads * (p.length / M);
-    // Groups of heads, equal ones, whose keys and values (or queries and dout) take at most half of the L2 cache.
+    // Groups of heads, equal ones, whose keys and values (or queries and dout) take about half of the L2 cache.
     const int64_t heads = p.batch * p.heads, fit = run.cache / (4 * p.length * D * kBytes<E>) + 1;
     const int64_t groups = (heads + fit - 1) / fit;
     const Walks walks{p, static_cast<unsigned>(groups > 0 ? (heads + groups - 1) / groups : 1)};

@@ -331,8 +331,8 @@ def _digest(path: Path, result: dict[str, str]) -> None:
             result["sha256_of_names_and_sizes"] = digest.hexdigest()
         else:
             result["sha256"] = writer.sha256(path)
-    except OSError as error:  # the reader meets it too, or does not need that file
-        result["sha256"] = f"unreadable: {error.strerror}"
+    except (OSError, UserError) as error:  # the reader meets it too, or does not need that file
+        result["sha256"] = f"unreadable: {getattr(error, 'strerror', error)}"
 
 
 def run(task: Task, options: argparse.Namespace) -> None:

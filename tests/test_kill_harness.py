@@ -464,8 +464,8 @@ def end_in(server, command, kind, place, rng, lasts):
         os.kill(process, number)
         hit = where
     code = server.finish()
-    if kind == "SIGKILL" and code < 0:
-        hit = server.places()[-1][1]
+    if kind == "SIGKILL":  # cannot be missed: a run that answers 0 was done before it came
+        hit = server.places()[-1][1] if code < 0 else None
     return code, hit
 
 

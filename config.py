@@ -309,7 +309,7 @@ planted = {
     },
     "model": {
         **_MODEL,
-        "num_layers": 2,
+        "num_layers": 1,
         "vocab_size": 21,
         "max_seq_len": 512,
         "num_classes": 4,

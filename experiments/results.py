@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import math
 import re
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import intervals
 import numpy as np
 
-from preprocess.planted import NUM_BLOCKS, NUM_CLASSES, NUM_COLUMNS, planted_pairs
+from preprocess.planted import MOST_MARKED, NUM_BLOCKS, NUM_CLASSES, planted_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "results"
@@ -110,14 +111,19 @@ def planted_dense(kept: Path) -> str:
 
 def ceiling(seed: int, masks: np.ndarray) -> float:
     """The accuracy that a choice of blocks allows: an example is told if in some layer one of the
-    rows that need an asked column keeps its block of that column, else guessed.
+    rows marked for an asked column keeps its block of that column, else guessed.
 
-    masks: bool [L, 32, 32]. Every two of the eight columns are asked equally often.
+    masks: bool [L, 32, 32]. Every two of the eight columns are asked equally often, and of the
+    rows that need a column every MOST_MARKED are marked equally often.
     """
     pairs = planted_pairs(seed)
     kept = masks.any(0)[tuple(pairs.T)]
-    blind = NUM_COLUMNS - len(set(pairs[kept, 1].tolist()))
-    told = 1 - math.comb(blind, 2) / math.comb(NUM_COLUMNS, 2)
+    missed = []  # by column: how often all its marked rows lack their block
+    for column in dict.fromkeys(pairs[:, 1].tolist()):
+        has = kept[pairs[:, 1] == column]
+        blind, rows = int((~has).sum()), len(has)
+        missed.append(math.comb(blind, MOST_MARKED) / math.comb(rows, MOST_MARKED))
+    told = 1 - float(np.mean([a * b for a, b in itertools.combinations(missed, 2)]))
     return told + (1 - told) / NUM_CLASSES
 
 

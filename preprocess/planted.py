@@ -1,11 +1,14 @@
 """The planted task: classification whose answer can be read through known pairs of blocks only.
 
 A sequence has 32 blocks of 16 tokens. Eight blocks are *key columns*. An example asks two of them:
-every block (row) that needs an asked column carries that column's marker, both asked columns show
-the label, and no other key column does. So a model must let the marked rows look at their key
-columns; which (row, column) pairs that takes is the planted set, the same in all examples and
-exactly floor(0.05 * 32^2) = 51 pairs. A pattern that keeps these blocks solves the task, one that
-misses them cannot: the right answer of every rule that chooses blocks is known.
+blocks (rows) that need an asked column carry that column's marker, both asked columns show the
+label, and no other key column does. So a model must let the marked rows look at their key columns;
+which (row, column) pairs that takes is the planted set, the same in all examples and exactly
+floor(0.05 * 32^2) = 51 pairs. A pattern that keeps these blocks solves the task, one that misses
+them cannot: the right answer of every rule that chooses blocks is known.
+
+In training every row that needs an asked column is marked, so that all pairs are learned; in dev
+and test four of them are, so that a pair or two kept by luck tell few answers.
 
 Only raw 64-bit draws are used (NumPy keeps their sequence for ever), so a seed means the same
 bytes everywhere.
@@ -29,6 +32,7 @@ NUM_PAIRS = 51
 ROWS_OF_COLUMN = (15, 6, 5, 5, 5, 5, 5, 5)
 NUM_NEAR = 2  # columns 1 and 2 lie within NEAR blocks of their rows, the others at least FAR away
 NEAR, FAR = 3, 8
+MOST_MARKED = 4  # rows of an asked column in dev and test
 EASY_SHARE = 0.4  # of the training examples: without them reading a value never starts
 EASY_COLUMN, EASY_BLOCK = 0.4, 0.5  # chance to show the label for unasked columns, other blocks
 
@@ -104,9 +108,16 @@ def planted_mask(pairs: np.ndarray) -> np.ndarray:
 
 
 def draw_examples(
-    pairs: np.ndarray, count: int, random: Random, easy_share: float = 0.0
+    pairs: np.ndarray,
+    count: int,
+    random: Random,
+    easy_share: float = 0.0,
+    most_marked: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` examples, of which about `easy_share` are easy.
+
+    most_marked: so many of the rows that need an asked column ask for it, drawn anew for each
+        example; None: all of them.
 
     Returns: ids int32 [count, 512], labels int64 [count].
     """
@@ -134,6 +145,9 @@ def draw_examples(
     filler = FILLER + random.below(VOCAB_SIZE - FILLER, count, NUM_BLOCKS, rest)
     needs = planted_mask(pairs)[:, columns]  # [32, 8]
     wanted = is_asked[:, None, :] & needs  # [count, 32, 8]
+    if most_marked is not None:
+        order = np.argsort(np.where(wanted, random.uniform(*wanted.shape), 1.0), axis=1)
+        wanted &= np.argsort(order, axis=1) < most_marked
     first = wanted.argmax(axis=2)
     last = NUM_COLUMNS - 1 - wanted[:, :, ::-1].argmax(axis=2)
     marker = MARKER + np.stack([first, last], axis=2)[:, :, np.arange(rest) % 2]

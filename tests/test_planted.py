@@ -1,6 +1,7 @@
 """preprocess/create_planted.py: what the planted set promises, and that nothing else gives the
 label away."""
 
+import collections
 import pickle
 
 import numpy as np
@@ -21,7 +22,7 @@ def make(folder, *options) -> int:
 @pytest.fixture(scope="module")
 def drawn():
     pairs = planted.planted_pairs(0)
-    return pairs, *planted.draw_examples(pairs, 4000, planted.Random(0, 9, 0))
+    return pairs, *planted.draw_examples(pairs, 4000, planted.Random(0, 9, 0), most_marked=4)
 
 
 def test_conditions_of_the_pairs():
@@ -39,12 +40,15 @@ def test_conditions_of_the_pairs():
     assert not np.array_equal(planted.planted_pairs(0), planted.planted_pairs(1))
 
 
-def test_the_marked_rows_lead_to_the_label(drawn):
+@pytest.mark.parametrize("most", [None, 4])
+def test_the_marked_rows_lead_to_the_label(most):
     """What an ideal reader does, said slowly: a marker names a column, the column's value is the
     label; the columns that nobody asks for never show it."""
-    pairs, ids, labels = drawn
+    pairs = planted.planted_pairs(0)
+    ids, labels = planted.draw_examples(pairs, 500, planted.Random(0, 9, 0), most_marked=most)
+    times_marked = collections.Counter()
     columns = list(dict.fromkeys(pairs[:, 1].tolist()))
-    for row_ids, label in zip(ids[:500], labels[:500], strict=True):
+    for row_ids, label in zip(ids, labels, strict=True):
         blocks = row_ids.reshape(32, 16).tolist()
         values = []
         for block in blocks:
@@ -57,7 +61,16 @@ def test_the_marked_rows_lead_to_the_label(drawn):
             assert (values[column] == label) == (place in asked)
             marked = [r for r, block in enumerate(blocks) if planted.MARKER + place in block]
             needing = [r for r, c in pairs.tolist() if c == column]
-            assert marked == (needing if place in asked else [])
+            times_marked.update((row, column) for row in marked)
+            if most is None or place not in asked:
+                assert marked == (needing if place in asked else [])
+            else:
+                assert len(marked) == 4 and set(marked) <= set(needing)
+    # an asked column (of two in eight) marks four of its 5 or 15 rows, each equally often
+    hub = [times_marked[pair] for pair in map(tuple, pairs[:15].tolist())]
+    last = [times_marked[pair] for pair in map(tuple, pairs[-5:].tolist())]
+    share = [1, 1] if most is None else [4 / 15, 4 / 5]
+    assert np.allclose(hub, 125 * share[0], atol=20) and np.allclose(last, 125 * share[1], atol=35)
 
 
 def test_easy_examples_show_the_label_more_often():
@@ -122,6 +135,12 @@ def test_same_seed_same_bytes_and_the_mask_beside_them(tmp_path):
     assert items[0]["input_ids_0"].dtype == np.int32
     mask = np.load(tmp_path / "a" / "planted.blocks.npy")
     assert mask.dtype == bool and mask.shape == (32, 32) and mask.sum() == 51
+    most = []  # blocks with a marker, in an example of each split
+    for split in ("train", "dev", "test"):
+        items = pickle.loads((tmp_path / "a" / f"planted.{split}.pickle").read_bytes())
+        blocks = np.stack([item["input_ids_0"] for item in items]).reshape(30, 32, 16)
+        most.append(np.isin(blocks, MARKERS).any(axis=2).sum(axis=1).max())
+    assert most[0] > 15 and most[1] <= 8 and most[2] <= 8
 
 
 def test_negative_seed(tmp_path, capsys):

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import results
 
-from preprocess.planted import planted_mask, planted_pairs
+from preprocess.planted import MARKER, Random, draw_examples, planted_mask, planted_pairs
 
 
 def keep(folder: Path, study: str, name: str, seed: int, events: list[dict]) -> None:
@@ -62,16 +62,22 @@ def test_planned_comparisons_of_a_made_up_study(tmp_path):
 
 
 def test_the_ceiling_of_a_choice_of_blocks():
+    """Against a count over the examples themselves."""
     pairs = planted_pairs(3)
     masks = np.zeros((2, 32, 32), dtype=bool)
     assert results.ceiling(3, masks) == 0.25
     columns = list(dict.fromkeys(pairs[:, 1].tolist()))
-    for layer, column in enumerate(columns[:2]):  # one pair of each of two columns
+    for layer, column in enumerate(columns[1:3]):  # one pair of each of two columns
         masks[layer][tuple(pairs[pairs[:, 1] == column][-1])] = True
-    # of the 28 questions, the 15 about the six other columns cannot be answered
-    assert results.ceiling(3, masks) == pytest.approx(13 / 28 + 15 / 28 / 4)
     masks[0] |= ~planted_mask(pairs)  # blocks outside the planted set tell nothing
-    assert results.ceiling(3, masks) == pytest.approx(13 / 28 + 15 / 28 / 4)
+    # marked are 4 of the 6 rows of the one and 4 of the 5 of the other: seen with 2/3 and 4/5
+    told = (1 / 28) * (1 - (1 / 3) * (1 / 5)) + (6 / 28) * (2 / 3) + (6 / 28) * (4 / 5)
+    assert results.ceiling(3, masks) == pytest.approx(told + (1 - told) / 4)
+    masks[1][tuple(pairs[:9].T)] = True  # nine rows of the hub
+    ids, _ = draw_examples(pairs, 20000, Random(3, 9), most_marked=4)
+    marked = (ids.reshape(-1, 32, 16)[..., None] == MARKER + np.arange(8)).any(2)
+    found = (marked & masks.any(0)[:, columns]).any((1, 2)).mean()
+    assert results.ceiling(3, masks) == pytest.approx(found + (1 - found) / 4, abs=0.01)
     masks[1] |= planted_mask(pairs)
     assert results.ceiling(3, masks) == 1
 

@@ -31,7 +31,7 @@ def generate(job) -> Iterator[Example]:
                 pairs,
                 min(CHUNK, count - begin),
                 planted.Random(options.seed, 1 + number, begin),
-                planted.EASY_SHARE if split == "train" else 0.0,
+                *((planted.EASY_SHARE, None) if split == "train" else (0.0, planted.MOST_MARKED)),
             )
             for row, label in zip(ids, labels.tolist(), strict=True):
                 yield split, "", row, label

@@ -101,12 +101,28 @@ def planted_dense(kept: Path) -> str:
                 f"{np.mean(list(accuracy.values())):.3f}" if accuracy else "-",
                 *(f"{np.mean([row[name][0] for row in at]):.2f}" for name in ("mass", "learned")),
                 f"{min(row['mass'][0] for row in at):.2f}",
-                f"{np.mean([row['mass'][1] for row in at]):.2f}",
                 str(len(at)),
             ]
         )
-    header = ["dense steps", "dev accuracy", "found by mass, layer 0", "by learned"]
-    return table([*header, "by mass, worst seed", "by mass, layer 1", "seeds"], rows)
+    header = ["dense steps", "dev accuracy", "found by mass", "by learned"]
+    return table([*header, "by mass, worst seed", "seeds"], rows)
+
+
+def concentration(kept: Path) -> str:
+    """When the dense prefix reaches a concentration, of the steps that are kept: every tenth."""
+    runs = load("planted", kept).get("dense", {})
+    reached = {
+        seed: [(e["step"], e["concentration"][0]) for e in events if e.get("concentration")]
+        for seed, events in runs.items()
+    }
+    rows = []
+    for threshold in (2, 3, 4):
+        found = [
+            [step for step, value in points if value is not None and value >= threshold]
+            for points in reached.values()
+        ]
+        rows.append([str(threshold), *(str(min(steps)) if steps else "never" for steps in found)])
+    return table(["concentration reaches", *(f"seed {seed}" for seed in runs)], rows)
 
 
 def ceiling(seed: int, masks: np.ndarray) -> float:
@@ -162,7 +178,7 @@ def planted_arms(kept: Path) -> str:
         cells = [*spread(list(final.values())), mean_ceiling(runs, final), mean_mass(runs)]
         rows.append([at, pattern, *cells])
     rows.sort(key=lambda row: (int(row[0]), -float(row[2])))
-    header = ["switch after", "blocks", *SPREAD, "ceiling", "attention kept, layer 0"]
+    header = ["switch after", "blocks", *SPREAD, "ceiling", "attention kept"]
     return table(header, rows)
 
 
@@ -474,6 +490,7 @@ def figures(folder: Path) -> None:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "planted-dense": planted_dense,
+    "planted-concentration": concentration,
     "planted-arms": planted_arms,
     "planted-differences": planted_differences,
     "when": when,

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py [--task lra-image] [--contenders a,d] [--rounds 5] [--json FILE]
     python benchmarks/step.py --device cuda --batch 512 --micro_batches 128,512
+    python benchmarks/step.py --contenders c,d,e --before ../before     # a compiled checkout
 
 A step is what training does: forward, backward, clipping, AdamW; in dense phases also the
 attention statistics, the pattern loss and the transition criterion (timed apart and spread over
@@ -12,6 +13,7 @@ them all alike:
     b, b16  the same model with PyTorch's scaled_dot_product_attention, no statistics, fp32, bf16
     c       ours, dense phase with all its statistics, fp32
     d, e    ours, sparse phase, fp32 and bf16
+    c0 ...  with --before, the same of another checkout, by its own benchmarks/step.py
 
 b16 is left out by default where the CPU cannot multiply bf16: it takes seconds a sample there. On
 a GPU a time ends when the device is done, and there is no profile by operator.
@@ -45,6 +47,7 @@ NAMES = {
     "d": "ours, sparse, fp32",
     "e": "ours, sparse, bf16",
 }
+OURS = ("c", "d", "e")
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -417,8 +420,10 @@ class Worker:
 
     def __init__(self, name: str, task: str, arguments: argparse.Namespace) -> None:
         micro = ",".join(map(str, arguments.micro_batches))
+        own = name.removesuffix("0")
+        root = ROOT if name == own else arguments.before.resolve()
         command = [
-            sys.executable, __file__, "--worker", name, "--task", task,
+            sys.executable, str(root / "benchmarks/step.py"), "--worker", own, "--task", task,
             "--batch", str(arguments.batch), "--threads", str(arguments.threads),
             "--micro_batches", micro, "--pattern", arguments.pattern, "--device", arguments.device,
         ]  # fmt: skip
@@ -458,7 +463,10 @@ def compare(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from config import Config
 
     spread_over = Config[task]["training"]["batch_size"]  # the criterion runs once a step
-    workers = [Worker(name, task, arguments) for name in arguments.contenders]
+    names = list(arguments.contenders)
+    if arguments.before is not None:
+        names += [f"{name}0" for name in names if name in OURS]
+    workers = [Worker(name, task, arguments) for name in names]
     results: dict[str, Any] = {}
     try:
         for worker in workers:
@@ -472,10 +480,10 @@ def compare(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
             for worker in workers:
                 found = results[worker.name]
                 found["steps"].append(worker.ask("step") / arguments.batch)
-                if worker.name in ("a", "c"):
+                if worker.name in ("a", "c", "c0"):
                     found["criteria"].append(worker.ask("criterion") / spread_over)
         for worker in workers:
-            if arguments.profile and arguments.device == "cpu" and worker.name in ("c", "d", "e"):
+            if arguments.profile and arguments.device == "cpu" and worker.name in OURS:
                 parts = worker.ask("profile")
                 results[worker.name]["profile"] = {
                     k: v / arguments.batch for k, v in parts.items()
@@ -497,9 +505,16 @@ def show(task: str, results: dict[str, Any], bounds: dict[str, float]) -> None:
     for name, found in results.items():
         ratio = f"{base / found['ms']:6.2f}x" if base else ""
         print(
-            f"  {name:4}{NAMES[name]:26}{found['ms']:8.2f}  ({found['fastest']:.2f} to "
-            f"{found['slowest']:.2f}) {found['micro_batch']:4}  {ratio}"
+            f"  {name:4}{NAMES[name.removesuffix('0')]:26}{found['ms']:8.2f}  "
+            f"({found['fastest']:.2f} to {found['slowest']:.2f}) {found['micro_batch']:4}  {ratio}"
         )
+    for name in OURS:
+        if f"{name}0" in results:
+            before, now = (
+                statistics.quantiles(results[key]["steps"], n=4)[0] for key in (f"{name}0", name)
+            )
+            medians = results[f"{name}0"]["ms"] / results[name]["ms"]
+            print(f"  {name}0 / {name}: lower quartiles {before / now:.3f}, medians {medians:.3f}")
     for name, found in results.items():
         if "profile" in found:
             parts = sorted(found["profile"].items(), key=lambda item: -item[1])
@@ -534,6 +549,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--pattern", default="random", help="which blocks d and e keep (the task's density)"
     )
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--before", type=Path, help="another checkout to compare with, compiled")
     parser.add_argument("--json", help="file for all numbers")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -29,16 +29,19 @@ from sparsity.patterns import largest
 ROOT = Path(__file__).resolve().parents[1]
 AFTER = ("--transition_when", "after", "--max_dense_steps")
 MASS = ("--pattern", "mass")
+ROWS = ("--pattern", "mass_rows")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A run forked from the dense prefix after `at` steps; at 0 it starts by itself."""
+    """A run forked from the dense prefix after `at` steps, or after as many as the arm `when`
+    took to switch; at 0 it starts by itself."""
 
     name: str
     options: tuple[str, ...]
     at: int = 0
     seeds: tuple[int, ...] | None = None  # None: all of the study
+    when: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,12 @@ STUDIES = {
             *_arms("learned untrained random random_rows mass_rows band", 200),
             *_arms("all", 200, SIX),
             Arm("one-200", _given("{out}/one.npy"), 200, SIX),
+            # not of the plan: is it only that 200 steps are too few?
+            Arm("mass_rows-waited", (*ROWS, "--transition_when", "concentrated"), 200, SIX[:3]),
+            *(
+                Arm(f"{name}-waited", ("--pattern", name), 0, SIX[:3], "mass_rows-waited")
+                for name in ("random_rows", "band")
+            ),
         ),
         options=(
             *("--batch_size", "64", "--set", "training.eval_frequency=100"),
@@ -181,6 +190,16 @@ class Runs:
             (e["step"] for e in self.events(seed, name) if e["event"] == "train"), default=0
         )
 
+    def switch(self, seed: int, name: str) -> int:
+        """Dense steps of a run."""
+        return next(e["step"] for e in self.events(seed, name) if e["event"] == "transition")
+
+    def keep_prefix(self, seed: int, at: int) -> None:
+        """Keeps the dense run's checkpoint after `at` steps, later ones after earlier ones."""
+        if not self.prefix(seed, at).exists():
+            self.train(seed, "dense", at, [*AFTER, "1000000"])
+            shutil.copyfile(self.last(seed, "dense"), self.prefix(seed, at))
+
     def train(self, seed: int, name: str, until: int, options: list[str]) -> None:
         """Trains a run up to `until` steps, from where it is."""
         if self.steps(seed, name) >= until:
@@ -203,9 +222,7 @@ class Runs:
             np.save(self.folder / f"{name}.npy", mask)
         for seed in self.seeds:
             for at in study.prefix:
-                if not self.prefix(seed, at).exists():
-                    self.train(seed, "dense", at, [*AFTER, "1000000"])
-                    shutil.copyfile(self.last(seed, "dense"), self.prefix(seed, at))
+                self.keep_prefix(seed, at)
             if study.prefix:
                 self.keep_metrics(seed, "dense")
             if study.task == "planted" and study.prefix:
@@ -220,10 +237,12 @@ class Runs:
                     continue
                 fields = {"data": self.data(seed), "out": self.folder, "seed": seed}
                 options = [o.format(**fields) for o in arm.options]
-                if arm.at:
-                    options += [*AFTER, str(arm.at)]
+                if at := self.switch(seed, arm.when) if arm.when else arm.at:
+                    if "--transition_when" not in options:
+                        options += [*AFTER, str(at)]
                     if not self.last(seed, arm.name).exists():
-                        options += ["--fork", str(self.prefix(seed, arm.at))]
+                        self.keep_prefix(seed, at)
+                        options += ["--fork", str(self.prefix(seed, at))]
                 self.train(seed, arm.name, study.steps, options)
                 self.keep_metrics(seed, arm.name)
 

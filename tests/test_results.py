@@ -82,6 +82,27 @@ def test_the_ceiling_of_a_choice_of_blocks():
     assert results.ceiling(3, masks) == 1
 
 
+def test_the_kept_runs_calibrate_the_planted_task():
+    """What the plan asks of the instrument, on every seed."""
+    runs = results.load("planted", results.KEPT)
+
+    def ends(name: str, step: int = 600) -> np.ndarray:
+        found = results.endpoints(runs[name], (step,))
+        assert sorted(found) == ([0, 1, 2] if name == "own-0" else [0, 1, 2, 3, 4])
+        return np.array(list(found.values()))
+
+    assert ends("dense", 400).min() >= 0.95
+    found = [
+        row["mass"][0] for rows in runs["recall"].values() for row in rows if row["step"] == 300
+    ]
+    assert len(found) == 5 and min(found) >= 0.85 and np.mean(found) >= 0.9
+    assert ends("mass-200").min() > 0.95 and ends("planted-150").min() > 0.95
+    for name in ("learned-150", "random-150", "learned-200", "random-200"):
+        assert ends(name).max() < 0.4, name
+    for name in ("outside-150", "diagonal-150", "own-0"):  # chance is 0.25
+        assert ends(name).max() < 0.35, name
+
+
 def test_pooled_residual_of_a_table_by_hand():
     values = {"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 2.0, 1: 2.0, 2: 5.0}}
     # b - a is 1, 0, 2, its mean 1: residuals are half of 0, -1, 1 in both rows, squares sum to 1

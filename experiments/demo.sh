@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY
 run="--task planted --data_dir $data --output_dir $out --train_steps 500"
 
 rm -rf "$out"
-echo "== data: the label of each sequence can be read through 51 of its 1,024 pairs of blocks only"
+echo "== data: the label of each sequence is to be read through 51 of its 1,024 pairs of blocks"
 "$PYTHON" preprocess/create_planted.py --output_dir "$data"
 echo "== training: dense until attention concentrates, then sparse with the blocks that hold most of it"
 "$PYTHON" main_learnable_skewness.py --mode train $run --name mass --pattern mass \

@@ -263,11 +263,21 @@ ENDPOINT = (1300, 1400, 1500)
 
 
 def image(kept: Path) -> str:
-    return _descriptive(load("image", kept))
+    return _descriptive("image", kept, "-200")
+
+
+def image_waited(kept: Path) -> str:
+    """Arms that switched when attention had concentrated."""
+    return _descriptive("image", kept, "-waited")
+
+
+def image_waited_differences(kept: Path) -> str:
+    pairs = [("random_rows", "mass_rows"), ("band", "mass_rows"), ("random_rows", "band")]
+    return table(["difference", *SPREAD], differences("image", kept, pairs, "-waited", ENDPOINT))
 
 
 def listops(kept: Path) -> str:
-    return _descriptive(load("listops", kept))
+    return _descriptive("listops", kept, "-200")
 
 
 def listops_differences(kept: Path) -> str:
@@ -282,17 +292,19 @@ def empty_rows(runs: dict[int, Events]) -> str:
     return f"{min(counts)} to {max(counts)}" if max(counts) else "0"
 
 
-def _descriptive(studies: dict[str, dict[int, Events]]) -> str:
+def _descriptive(study: str, kept: Path, suffix: str) -> str:
+    """The arms whose name has this suffix, the best first."""
     rows = []
-    for name, runs in studies.items():
+    for name, runs in load(study, kept).items():
         final = endpoints(runs, ENDPOINT)
-        if name != "dense" and final:
+        if name.endswith(suffix) and final:
             mass = f"{mean_mass(runs)} / {mean_mass(runs, 'chance_mass')}"
-            cells = [*spread(list(final.values()), ".4f"), mass, empty_rows(runs)]
-            rows.append([name.rpartition("-")[0], *cells])
-    rows.sort(key=lambda row: -float(row[1]))
+            steps = sorted({(transition(events) or {})["step"] for events in runs.values()})
+            cells = [", ".join(map(str, steps)), *spread(list(final.values()), ".4f")]
+            rows.append([name.removesuffix(suffix), *cells, mass, empty_rows(runs)])
+    rows.sort(key=lambda row: -float(row[2]))
     more = ["attention kept / if it were uniform, layer 0", "rows of blocks without one"]
-    return table(["blocks", *SPREAD, *more], rows)
+    return table(["blocks", "switched after", *SPREAD, *more], rows)
 
 
 ARMS = ["learned", "untrained", "random", "random_rows", "mass_rows", "band"]
@@ -498,6 +510,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "churn": churn,
     "image": image,
     "image-tests": image_tests,
+    "image-waited": image_waited,
+    "image-waited-differences": image_waited_differences,
     "listops": listops,
     "listops-differences": listops_differences,
     "paper-band": paper_band,

@@ -1,14 +1,15 @@
-"""The planted task: classification whose answer can be read through known pairs of blocks only.
+"""The planted task: classification whose answer is to be read through known pairs of blocks.
 
 A sequence has 32 blocks of 16 tokens. Eight blocks are *key columns*. An example asks two of them:
 blocks (rows) that need an asked column carry that column's marker, both asked columns show the
 label, and no other key column does. So a model must let the marked rows look at their key columns;
 which (row, column) pairs that takes is the planted set, the same in all examples and exactly
-floor(0.05 * 32^2) = 51 pairs. A pattern that keeps these blocks solves the task, one that misses
-them cannot: the right answer of every rule that chooses blocks is known.
+floor(0.05 * 32^2) = 51 pairs. A pattern that keeps these blocks solves the task, one that keeps
+none has hardly any way to the answer: what a rule that chooses blocks should find is known.
 
 In training every row that needs an asked column is marked, so that all pairs are learned; in dev
-and test four of them are, so that a pair or two kept by luck tell few answers.
+and test four of them are, so that a pair or two kept by luck tell few answers. Four in ten
+training examples are easy: other blocks show the label more often too.
 
 Only raw 64-bit draws are used (NumPy keeps their sequence for ever), so a seed means the same
 bytes everywhere.
@@ -116,8 +117,8 @@ def draw_examples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` examples, of which about `easy_share` are easy.
 
-    most_marked: so many of the rows that need an asked column ask for it, drawn anew for each
-        example; None: all of them.
+    most_marked: at most this many of the rows that need an asked column are marked, drawn anew
+        for each example; None: all.
 
     Returns: ids int32 [count, 512], labels int64 [count].
     """

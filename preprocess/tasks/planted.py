@@ -1,5 +1,5 @@
-"""planted: sequences whose label can be read through 51 known pairs of blocks only, to see whether
-a rule finds the blocks that matter.
+"""planted: sequences whose label is to be read through 51 known pairs of blocks, to see whether a
+rule finds the blocks that matter.
 
     python preprocess/create_planted.py
 

@@ -128,9 +128,8 @@ def test_rows_of_a_made_up_listops_study(tmp_path):
             ]
             keep(tmp_path, "listops", f"{arm}-200", seed, [switch, *evals])
     rows = results.listops(tmp_path).splitlines()[2:]
-    assert rows[0].startswith("| band | 200 | 0.3200 | 0.0283 |") and rows[0].endswith(
-        "| 0 to 31 |"
-    )
+    assert rows[0].startswith("| band | 200 | 0.3200 | 0.0283 |")
+    assert rows[0].endswith("| 0 to 31 |")
     assert rows[1].endswith("| 2 | 0.100 / 0.200 | 30 to 31 |")
     (difference,) = results.listops_differences(tmp_path).splitlines()[2:]
     # t of one degree of freedom at 97.5 % is 12.706; sd 0.04 / sqrt 2
